@@ -1,7 +1,8 @@
 """From images and text to model inputs, and to the map of what every position of a batch is."""
 
 import inspect
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -10,7 +11,8 @@ from torch import Tensor
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
 from sinkscope.models.input_checks import check_given, check_inputs, check_names, types_of
-from sinkscope.models.patch_grid import original_boxes, see
+from sinkscope.models.patch_grid import Seen, original_boxes, ramp, read_tiles, see
+from sinkscope.models.patch_map import PatchMap
 from sinkscope.models.prompts import as_rows, render
 from sinkscope.models.token_map import build_token_map, vision_map
 from sinkscope.models.wrapping import Inputs
@@ -71,11 +73,21 @@ def make_sample(lvlm: Any, *given: Any, rendered: Any = False) -> Sample:
         gridded = "image_grid_thw" in inspect.signature(type(module).forward).parameters
         check_given(ready, masked, processor, types_of(module), image_id, gridded=gridded)
     shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
-    tokens = token_map(lvlm, ready, sizes)
+    ramps = None
+    if rows:
+
+        def ramps() -> dict[str, Any]:
+            numbers = iter(range(len(sizes or ())))
+            drawn = [[ramp(image.size, next(numbers)) for image in row] for row in rows]
+            return encode(processor, drawn, prompts)
+
+    tokens = token_map(lvlm, ready, sizes, ramps)
     return Sample(ready, tokens, *shown, layout_of(lvlm.anatomy))
 
 
-def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
+def token_map(
+    lvlm: Any, ready: Inputs, sizes: Any = None, ramps: Callable[[], Inputs] | None = None
+) -> TokenMap:
     """What every position of checked inputs is; where ViT tokens go is measured, once per shape."""
     ids, live = ready["input_ids"].cpu(), ready["attention_mask"].cpu().bool()
     visual = (ids == lvlm.anatomy.image_token_id) & live
@@ -97,16 +109,26 @@ def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
         seen, packed = see(found, ready, side[0] if isinstance(side, (list, tuple)) else side)
     settings = getattr(processor, "image_processor", None)
     grids = original_boxes(seen, packed, settings, ready, sizes)
-    own = bool(grids) and grids[0].original
+    groups, whole = _groups(ready, len(seen), sizes), [False] * len(seen)
+    if found is not None and sizes and len(seen) > len(sizes) and not packed and ramps:
+        tiles = _tiles(found, seen, ramps(), sizes, settings)
+        if None not in tiles:
+            groups, whole = [one.image for one in tiles], [one.whole for one in tiles]
+            grids = [
+                replace(grid, scale=one.scale, offset=one.offset, original=True)
+                for grid, one in zip(grids, tiles, strict=True)
+            ]
+    own = bool(grids) and all(grid.original for grid in grids)
     tokens = build_token_map(
         (ids, live, visual),
         found,
         vision_map(found, seen, packed, grids, lvlm.anatomy.prefix, lvlm.anatomy.suffix),
         seen,
-        _groups(ready, len(seen), sizes),
+        groups,
         "original" if own else "input",
         getattr(processor, "tokenizer", processor),
         lvlm.anatomy.vision.missing,
+        [whole[i] and groups.count(groups[i]) > 1 for i in range(len(seen))],
     )
     for one in tokens.image_index[tokens.image_index >= 0].unique():
         rows = (tokens.image_index == one).any(dim=1).nonzero().flatten().tolist()
@@ -115,6 +137,18 @@ def token_map(lvlm: Any, ready: Inputs, sizes: Any = None) -> TokenMap:
             wanted = "the tokens of an image in one row. Was a prompt truncated?"
             raise InputError(f"{got} {int(one)} are in the rows {rows}; expected {wanted}")
     return tokens
+
+
+def _tiles(
+    found: PatchMap, seen: Sequence[Seen], made: Inputs, sizes: Any, settings: Any
+) -> list[Any]:
+    """Where every row of ViT tokens lies in its image, as a processor shows with ramps."""
+    planes = next((x for x in made.values() if isinstance(x, Tensor) and x.ndim > 3), None)
+    if planes is None or planes.shape[-3] != 3:
+        return [None]
+    tiles = read_tiles(planes, sizes, settings)
+    pictures = [int(found.pixels[one.tokens, 0].amax()) for one in seen]
+    return [tiles[at] if 0 <= at < len(tiles) else None for at in pictures]
 
 
 def _groups(ready: Inputs, many: int, sizes: Any) -> list[int]:
@@ -138,6 +172,11 @@ def process(
         raise InputError(f"{got}; expected True for finished prompts, each a str, or False.")
     pairs = enumerate(zip(rows, asked, strict=True))
     prompts = [render(processor, len(r), one, rendered=rendered, row=i) for i, (r, one) in pairs]
+    return encode(processor, rows, prompts), rows, prompts
+
+
+def encode(processor: Any, rows: list[list[Any]], prompts: list[str]) -> dict[str, Any]:
+    """What a processor makes of the images of every row and their prompts."""
     tokenizer = processor.tokenizer
     bos, side = getattr(tokenizer, "bos_token", None), tokenizer.padding_side
     tokenizer.padding_side = "left"
@@ -157,7 +196,7 @@ def process(
         ) from error
     finally:
         tokenizer.padding_side = side
-    return dict(encoded), rows, prompts
+    return dict(encoded)
 
 
 def reads_words_only(module: Any) -> bool:

@@ -4,11 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from sinkscope.models.patch_map import PatchMap
+
+STEP = 6  # of blue from one image to the next
+WHOLE = 0.05  # share of an image that a picture of the whole may lack at an edge
+NORMAL = (("mean", (0.5, 0.5, 0.5)), ("std", (0.5, 0.5, 0.5)))
 
 Sizes = Sequence[tuple[int, int]] | None
 """Width and height of every image in pixels, before the processor."""
@@ -239,3 +245,66 @@ def original_boxes(
         offset = (left * scale[0] + shift_x, top * scale[1] + shift_y)
         grids[i] = replace(grids[i], scale=scale, offset=offset, original=True)
     return grids
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Where one picture of the pixels lies: the number of its image, ``scale`` and ``offset`` as in `PatchGrid`,
+    and whether it shows the whole image."""
+
+    image: int
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+    whole: bool
+
+
+def ramp(size: tuple[int, int], number: int) -> Image.Image:
+    """An image of a size whose red is the share of the width, green that of the height, and blue its number."""
+    width, height = size
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width).round()
+    pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    pixels[..., 2] = 255 - STEP * (number % 20)
+    return Image.fromarray(pixels)
+
+
+def read_tiles(
+    pixels: Tensor, sizes: Sequence[tuple[int, int]], settings: Any
+) -> list[Tile | None]:
+    """Where the pictures ``[... channel height width]`` that a processor makes of ramps lie; None for one of
+    padding. ``sizes`` are those of the ramps."""
+    flat = pixels.reshape(-1, *pixels.shape[-3:]).float()
+    if getattr(settings, "do_normalize", True):
+        mean, std = (torch.tensor(getattr(settings, f"image_{n}", v)) for n, v in NORMAL)
+        flat = flat * std[:, None, None] + mean[:, None, None]
+    found: list[Tile | None] = []
+    for red, green, blue in flat:
+        seen = blue > 0.5
+        along = [_line(red, seen, 0), _line(green, seen, 1)]
+        if not seen.any() or None in along:
+            found.append(None)
+            continue
+        number = round(float((1 - blue[seen].median()) * 255 / STEP))
+        (start_x, step_x), (start_y, step_y) = (one or (0.0, 0.0) for one in along)
+        width, height = sizes[min(number, len(sizes) - 1)]
+        ends = (
+            start_x,
+            start_y,
+            1 - start_x - step_x * red.shape[1],
+            1 - start_y - step_y * len(red),
+        )
+        scale, offset = (step_x * width, step_y * height), (start_x * width, start_y * height)
+        found.append(Tile(number, scale, offset, max(ends) < WHOLE))
+    return found
+
+
+def _line(share: Tensor, seen: Tensor, axis: int) -> tuple[float, float] | None:
+    """Where a share of the width (axis 0) or height begins at the picture's edge, and its step by pixel."""
+    share, seen = (share, seen) if axis == 0 else (share.T, seen.T)
+    columns = seen.any(dim=0).nonzero().flatten()
+    if len(columns) < 4:
+        return None
+    first, last = (int(columns[len(columns) * part // 4]) for part in (1, 3))
+    low, high = (float(share[:, c][seen[:, c]].mean()) for c in (first, last))
+    step = (high - low) / (last - first)
+    return (low - step * (first + 0.5), step) if step > 0 else None

@@ -63,11 +63,13 @@ def build_token_map(
     unit: str,
     tokenizer: Any,
     missing: str = "",
+    whole: Sequence[bool] = (),
 ) -> TokenMap:
     """What every position of the batch is.
 
     ``places`` are ids, live positions and image tokens, ``[batch pos]``; ``groups`` the number of the image
-    that every row of the vision map belongs to; ``missing`` is why there is no vision tower.
+    that every row of the vision map belongs to; ``missing`` is why there is no vision tower; ``whole`` are
+    rows that show the whole of an image that has others too.
     """
     ids, live, visual = places
     widest = found.sources.shape[1] if found else 1
@@ -107,6 +109,8 @@ def build_token_map(
         patch = torch.where(
             kinds == VISION_KINDS.index("cls"), PARTS.index("cls"), PARTS.index("patch")
         )
+        small = torch.tensor([*whole, *[False] * (len(seen) + 1 - len(whole))])[at]
+        patch[small & (patch == PARTS.index("patch"))] = PARTS.index("thumbnail")
         part[visual] = torch.where(found.fills, patch, PARTS.index("newline"))
     kind = torch.where(live, KINDS.index("text"), KINDS.index("pad"))
     special = torch.tensor(getattr(tokenizer, "all_special_ids", None) or [], dtype=torch.long)
