@@ -73,15 +73,13 @@ def make_sample(lvlm: Any, *given: Any, rendered: Any = False) -> Sample:
         gridded = "image_grid_thw" in inspect.signature(type(module).forward).parameters
         check_given(ready, masked, processor, types_of(module), image_id, gridded=gridded)
     shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
-    ramps = None
-    if rows:
 
-        def ramps() -> dict[str, Any]:
-            numbers = iter(range(len(sizes or ())))
-            drawn = [[ramp(image.size, next(numbers)) for image in row] for row in rows]
-            return encode(processor, drawn, prompts)
+    def ramps() -> dict[str, Any]:
+        numbers = iter(range(len(sizes or ())))
+        drawn = [[ramp(image.size, next(numbers)) for image in row] for row in rows]
+        return encode(processor, drawn, prompts)
 
-    tokens = token_map(lvlm, ready, sizes, ramps)
+    tokens = token_map(lvlm, ready, sizes, ramps if rows else None)
     return Sample(ready, tokens, *shown, layout_of(lvlm.anatomy))
 
 

@@ -154,7 +154,11 @@ def _place(
             place[axis][reads] = pixels[reads, 1 + axis].unique(return_inverse=True)[1]
         sides = (pixels[reads, 3] - pixels[reads, 1]).tolist()
         return Seen(
-            tokens, *place, _unmasked(live, reads, pixels, inputs), max(sides, default=patch)
+            tokens,
+            place[0],
+            place[1],
+            _unmasked(live, reads, pixels, inputs),
+            max(sides, default=patch),
         )
     rows, columns = size
     count = min(rows * columns, int(reads.sum()))
