@@ -103,15 +103,22 @@ def check_inputs(
 
 
 def check_given(
-    ready: Any, masked: bool, processor: Any, types: str, image_id: int, *, gridded: bool
+    ready: Any,
+    masked: bool,
+    processor: Any,
+    types: str,
+    image_id: int,
+    *,
+    gridded: bool,
+    planes: bool,
 ) -> None:
     """Refuse inputs that run and give wrong logits; ``types`` is what `types_of` says, and ``gridded``
-    whether the model takes a grid of patches for every image."""
+    whether the model takes a grid of patches for every image, ``planes`` whether it convolves images."""
     ids, pixels, got = ready["input_ids"], ready.get("pixel_values", torch.zeros(0)), ""
     marks, position = ready.get(types), ready.get("position_ids", ids)
     if span := not_scaled(pixels, getattr(processor, "image_processor", None)):
         got = f"pixel_values from {span}, as before normalising; expected normalised ones"
-    elif pixels.ndim == 4 and pixels.shape[1] > 4 > pixels.shape[3]:
+    elif planes and pixels.ndim == 4 and pixels.shape[1] > 4 > pixels.shape[3]:
         got = "channels last; expected them in front. Write pixel_values.permute(0, 3, 1, 2)"
     elif wrong := _wrong_grid(ready, pixels, needed=gridded):
         got = wrong

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError
@@ -71,7 +71,9 @@ def make_sample(lvlm: Any, *given: Any, rendered: Any = False) -> Sample:
         check_names(ready, module, processor)
         masked = inputs.get("attention_mask") is not None
         gridded = "image_grid_thw" in inspect.signature(type(module).forward).parameters
-        check_given(ready, masked, processor, types_of(module), image_id, gridded=gridded)
+        planes = any(isinstance(part, nn.Conv2d) for part in module.modules())
+        parts = dict(gridded=gridded, planes=planes)
+        check_given(ready, masked, processor, types_of(module), image_id, **parts)
     shown = tuple(map(tuple, rows)) or None, tuple(prompts) or None
 
     def ramps() -> dict[str, Any]:

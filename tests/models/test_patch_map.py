@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_families import build, inputs_of
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -169,7 +170,7 @@ class SeeingModel(PreTrainedModel):
         return CausalLMOutputWithPast(logits=out.logits, past_key_values=out.past_key_values)
 
 
-def inputs_of(rows, columns):
+def picture_of(rows, columns):
     """A picture of so many image tokens, and words around them."""
     count = rows * (columns + 1)
     pixels = torch.randn(1, 3, 8 * rows, 8 * columns, generator=torch.Generator().manual_seed(1))
@@ -188,7 +189,7 @@ def own():
 @pytest.mark.parametrize(("rows", "columns"), [(3, 3), (2, 4), (4, 1)])
 def test_a_model_class_that_transformers_does_not_have(own, rows, columns):
     """No hint: blocks, the unused last one, CLS, pool, order, newlines and boxes are found."""
-    sample = own.prepare(inputs=inputs_of(rows, columns))
+    sample = own.prepare(inputs=picture_of(rows, columns))
     tokens, anatomy = sample.tokens, own.anatomy
     assert (anatomy.feeds, anatomy.drops, anatomy.prefix, anatomy.merge) == ((1,), 1, ("cls",), 2)
     assert anatomy.projector == "bridge"
@@ -216,7 +217,7 @@ def note(seen, layer, module, args):
 
 def test_probes_and_edits_of_that_class_are_right(own):
     """Attention of both towers against the softmax by hand, and a mask against logits without the keys."""
-    sample = own.prepare(inputs=inputs_of(2, 3))
+    sample = own.prepare(inputs=picture_of(2, 3))
     seen, vision = {}, ss.AttentionMass({"cls": "cls"}, layers=[0, 1], tower="vision")
     mass = ss.AttentionMass({"image": "image"})
     for layer in (0, 1):
@@ -246,7 +247,7 @@ def test_a_map_that_no_one_can_say_is_said(own):
 
     model.bridge = Mixer()
     try:
-        tokens = mixed.prepare(inputs=inputs_of(2, 2)).tokens
+        tokens = mixed.prepare(inputs=picture_of(2, 2)).tokens
     finally:
         model.bridge = bridge
     assert tokens.unmapped == "every image token is made of all ViT tokens"
@@ -257,7 +258,7 @@ def test_a_map_that_no_one_can_say_is_said(own):
 
 
 def test_inputs_that_the_model_refuses_are_explained(own):
-    wrong = inputs_of(2, 2)
+    wrong = picture_of(2, 2)
     wrong["pixel_values"] = wrong["pixel_values"][:, :2]
     with pytest.raises(InputError, match=r"does not take these inputs .*expected all that its own"):
         own.prepare(inputs=wrong)
@@ -266,12 +267,56 @@ def test_inputs_that_the_model_refuses_are_explained(own):
 def test_a_map_follows_the_shape_and_is_measured_once(own, monkeypatch):
     """Three shapes in turn: two measurements for the new ones, none for one that was seen."""
     count = len(own._maps.known)
-    own.prepare(inputs=inputs_of(5, 2))
-    own.prepare(inputs=inputs_of(2, 5))
+    own.prepare(inputs=picture_of(5, 2))
+    own.prepare(inputs=picture_of(2, 5))
     assert len(own._maps.known) == count + 2
-    own.prepare(inputs=inputs_of(5, 2))
+    own.prepare(inputs=picture_of(5, 2))
     assert len(own._maps.known) == count + 2
 
 
 def test_the_anatomy_is_data(own):
     assert dataclasses.replace(own.anatomy) == own.anatomy
+
+
+def of_type(name, shape=0):
+    model = build(name)
+    lvlm = ss.LVLM(model)
+    return lvlm, lvlm.prepare(inputs=inputs_of(name, model, shape))
+
+
+def test_a_cls_token_at_the_end_is_live():
+    """Llama 4 appends CLS: it takes part in attention, and no image token is made of it."""
+    lvlm, sample = of_type("llama4")
+    vision = sample.tokens.vision
+    assert lvlm.anatomy.suffix == ("cls",)
+    assert vision.live.all()
+    assert vision.select("cls")[:, -1].all()
+    assert int(vision.select("cls").sum()) == 1
+    mass = ss.AttentionMass({"all": "all"}, tower="vision")
+    assert torch.allclose(lvlm.run(sample, [mass])[mass].mass, torch.ones(1), atol=1e-5)
+
+
+def test_two_images_of_a_resampler_have_no_map():
+    """Every token reads all patches of its own image, and none of the other."""
+    _, sample = of_type("aria", shape=2)
+    assert sample.tokens.unmapped == "every image token is made of all ViT tokens"
+
+
+def test_a_tower_that_runs_several_times_is_said():
+    """Tiles and the whole image pass the tower one after the other: no map, and the decoder works."""
+    lvlm, sample = of_type("deepseek_ocr2", shape=1)
+    assert sample.tokens.unmapped == "the vision tower runs several times in a pass"
+    image = sample.tokens.select("image")
+    assert torch.equal(image, sample.tokens.ids == lvlm.anatomy.image_token_id)
+    run = lvlm.run(sample, [probe := ss.AttentionMass({"image": "image"})])
+    with torch.no_grad():
+        assert torch.equal(run.logits, lvlm.module(**sample.inputs).logits)
+    assert run[probe].mass.nan_to_num().max() <= 1 + 1e-5
+
+
+def test_what_is_kept_knows_how_blocks_return(tmp_path, monkeypatch):
+    """Blocks of Llama 4's tower return tuples: a second load runs the same passes without blocks."""
+    monkeypatch.setenv("SINKSCOPE_CACHE", str(tmp_path))
+    monkeypatch.setenv("SINKSCOPE_KEEP_ANATOMY", "1")
+    first, second = (of_type("llama4", shape=0)[1].tokens for _ in "12")
+    assert torch.equal(first.sources, second.sources)
