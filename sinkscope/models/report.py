@@ -152,12 +152,12 @@ def facts_of(lvlm: Any) -> tuple[tuple[str, str], ...]:
         ("merge", f"{merged} to one language token"),
     )
     return (
-        ("model", f"{type(module).__name__}, family {a.model_type}, model_type {a.model_type}"),
+        ("model", f"{type(module).__name__}, model_type {a.model_type}"),
         ("parameters", f"{count / size:.3g}{unit}, {dtype} on {lvlm.device}"),
         *(seen if a.vision.blocks else (("vision", a.vision.missing),)),
         ("language", f"{blocks[1]}, {a.vocab} token ids"),
         ("language attention", kernels[1]),
-        ("image token", f"id {a.image_token_id}"),
+        ("image token", f"id {a.image_token_id}" if a.image_token_id >= 0 else "none"),
         ("head", f"{a.head}, after {a.final_norm or 'no norm'}{scale}{cap}"),
     )
 

@@ -12,6 +12,7 @@ import pandas as pd
 from sinkscope.checks import check_whole, typed
 from sinkscope.errors import InputError, ModelError, SinkscopeError
 from sinkscope.models import LVLM, Sample
+from sinkscope.models.inputs import reads_words_only
 from sinkscope.results import Record, Result
 from sinkscope.testing.claims import BOTH, PLAN, Case, sentence
 from sinkscope.testing.references import UncheckedError
@@ -85,7 +86,9 @@ def check_model(lvlm: LVLM, sample: Sample | None = None, *, seed: int = 0) -> M
     check_whole(0, seed=seed)
     if lvlm.device.type == "meta":
         raise InputError("Got a model without weights here; expected them. Load it without remote.")
-    if sample is None:
+    if sample is None and reads_words_only(lvlm.module):
+        sample = lvlm.prepare(text="What is in the picture?")
+    elif sample is None:
         sample = lvlm.prepare(images=random_image(90, 70, seed), text="What is in the picture?")
     case, checks = Case(lvlm, sample, seed), []
     for name, (check, exact, half, *towers) in PLAN.items():

@@ -141,6 +141,9 @@ def test_a_text_only_checkpoint_loads(tmp_path, tiny):
     assert lvlm.verified
     assert lvlm.anatomy.vision.blocks == ()
     assert "no vision tower" in str(lvlm.report())
+    check = ss.testing.check_model(lvlm)
+    assert check.wrong == (), str(check)
+    assert check.status("mass") == "exact"
 
 
 def test_hints_are_followed_and_wrong_ones_refused():
