@@ -1,11 +1,13 @@
 """Which outputs read which inputs, by gradients: zero means that a value is not read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 MANY = 4096  # outputs that are told apart one by one, where an input reaches several
+BLOCKED = "no gradient passes from image tokens to ViT tokens"
 MIXED = "every image token is made of all ViT tokens"
 
 
@@ -48,7 +50,11 @@ def reached(outputs: Tensor, weights: Tensor, inputs: Sequence[Tensor]) -> list[
 def sources_of(states: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, str]:
     """The ViT tokens of every image token, int ``[image token, source]``; and why there are none."""
     count = len(states)
+    if not states.requires_grad:
+        return torch.full((count, 1), -1), BLOCKED
     at = torch.stack([one.flatten() for one in destinations(states, leaves)]).cpu()
+    if (at == -1).all():
+        return torch.full((count, 1), -1), BLOCKED
     if (at == -2).any():
         if count > MANY:
             return torch.full((count, 1), -1), f"ViT tokens feed several of {count} image tokens"
@@ -86,3 +92,18 @@ def _reduced(start: Tensor, at: Tensor, value: Tensor, how: str) -> Tensor:
     out = start.scatter_reduce(0, at, value, how, include_self=False)
     seen = torch.zeros_like(start, dtype=torch.bool).index_fill(0, at, value=True)
     return torch.where(seen, out, start)
+
+
+def with_versions(value: Any) -> Any:
+    """A tensor that a graph may keep: those made in inference mode are copied."""
+    return value.clone() if torch.is_tensor(value) and value.is_inference() else value
+
+
+def states_in(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The states that a block was given."""
+    return next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+
+
+def has_graph(value: Any) -> bool:
+    """Whether a value is a tensor with a graph."""
+    return torch.is_tensor(value) and value.requires_grad

@@ -91,6 +91,7 @@ def recall(lvlm: Any) -> bool:
         return False  # damaged, or of another version: it is measured again, and written anew
     lvlm._anatomy, lvlm._proofs = anatomy, proofs
     lvlm._maps.tuples.update(tuples)
+    lvlm._maps.shifting = bool(found["shifting"])
     return True
 
 
@@ -107,7 +108,7 @@ def keep(lvlm: Any) -> None:
     with suppress(OSError, CheckpointError):  # a read-only home: it is measured at the next load
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {"measured": measured, "proofs": proofs, "head": asdict(head)}
-        data["tuples"] = lvlm._maps.tuples
+        data |= {"tuples": lvlm._maps.tuples, "shifting": lvlm._maps.shifting}
         write_whole(path, json.dumps(seal(data)))
 
 

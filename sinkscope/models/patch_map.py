@@ -5,7 +5,7 @@ but its sources. Image tokens are told apart by the binary digits of their numbe
 takes about 2 log2 N gradients through the projector. Blocks do not run for it: states pass through them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,16 @@ from sinkscope.anatomy.discovery import device_of
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import NonFiniteError
 from sinkscope.kernels.walk import first_tensor
-from sinkscope.models.gradients import destinations, note_boxes, reached, sources_of, weights_of
+from sinkscope.models.gradients import (
+    destinations,
+    has_graph,
+    note_boxes,
+    reached,
+    sources_of,
+    states_in,
+    weights_of,
+    with_versions,
+)
 from sinkscope.models.wrapping import ONE_AT_A_TIME, lent, undisturbed
 
 CROSS = "image states are not placed among the prompt's tokens"
@@ -29,6 +38,7 @@ MEASURING: set[int] = set()
 
 
 AGAIN = "the vision tower runs several times in a pass"
+CONTENT = "which ViT tokens make an image token changes with the image"
 
 
 class Again(Exception):  # noqa: N818  it is no error, but something to say
@@ -79,12 +89,13 @@ class PatchMap:
 class PatchMaps:
     """Measures the wiring and the patch maps of a model, and keeps the maps by the shape of the inputs.
     ``tuples`` are the towers whose blocks return a tuple; ``stand_in`` makes what stands for a model without
-    weights."""
+    weights; ``shifting`` is whether maps change with the image."""
 
     module: Any
     stand_in: Any = None
     tuples: dict[str, bool] = field(default_factory=dict)
     known: dict[Any, PatchMap] = field(default_factory=dict)
+    shifting: bool = False
 
     def runs(self, anatomy: Anatomy) -> Any:
         """The model whose passes are measured: the module, or what stands for one without weights."""
@@ -107,7 +118,7 @@ class PatchMaps:
             return (leaves[layer], *out[1:]) if isinstance(out, tuple) else leaves[layer]
 
         def enter(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            entries[layer] = [x for x in (*args, *kwargs.values()) if _has_graph(x)]
+            entries[layer] = [x for x in (*args, *kwargs.values()) if has_graph(x)]
             if layer == anatomy.language.n_layers - 1:
                 raise _Reached
             with torch.no_grad():
@@ -142,6 +153,11 @@ class PatchMaps:
             anatomy, feeds=feeds, enters=wiring.enters, projector=projector, measured=True
         )
         found = self.of(known, inputs, visual)
+        with gradients():  # of states of another image
+            other = self.measure(known, inputs, visual, seed=1)
+        self.shifting = not torch.equal(found.sources, other.sources)
+        if self.shifting:
+            found = self.known[_signature(inputs, visual)] = self._said(found)
         row = found.pixels[
             : len(found.pixels) // (found.shape[0] if len(found.shape) > 1 else 1), 0
         ]
@@ -162,12 +178,19 @@ class PatchMaps:
         key = _signature(inputs, visual)
         if key not in self.known:
             with gradients():
-                self.known[key] = self.measure(anatomy, inputs, visual)
+                self.known[key] = self._said(self.measure(anatomy, inputs, visual))
         return self.known[key]
 
-    def measure(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> PatchMap:
-        """The same, measured anew."""
-        generator = torch.Generator().manual_seed(0)
+    def _said(self, found: PatchMap) -> PatchMap:
+        """A map, or why there is none where another image of the same shape has another one."""
+        nothing = torch.full_like(found.sources[:, :1], -1)
+        return replace(found, sources=nothing, why=CONTENT) if self.shifting else found
+
+    def measure(
+        self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor, seed: int = 0
+    ) -> PatchMap:
+        """The same, measured anew, with other states in the tower's place for another ``seed``."""
+        generator = torch.Generator().manual_seed(seed)
         count, nothing = int(visual.sum()), torch.full((int(visual.sum()), 1), -1)
         try:
             (states, leaves), (others, _) = (self._enter(anatomy, inputs, generator) for _ in "12")
@@ -198,7 +221,7 @@ class PatchMaps:
         found: list[Tensor] = []
 
         def tap(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            states = _states(args, kwargs)
+            states = states_in(args, kwargs)
             if layer in leaves:
                 raise Again
             made = torch.randn(states.shape, generator=generator).to(states)
@@ -206,7 +229,7 @@ class PatchMaps:
             return self._alike("vision", leaves[layer])
 
         def enter(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            found.append(_states(args, kwargs))
+            found.append(states_in(args, kwargs))
             raise _Reached
 
         self._pass(anatomy, inputs, tap, enter)
@@ -218,9 +241,9 @@ class PatchMaps:
 
         def tap(layer: int, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if layer == anatomy.feed_layers[-1]:
-                found.append(_states(args, kwargs))
+                found.append(states_in(args, kwargs))
                 raise _Reached
-            return self._alike("vision", _states(args, kwargs))
+            return self._alike("vision", states_in(args, kwargs))
 
         leaves, given = [], dict(inputs)
         for name, x in inputs.items():
@@ -263,7 +286,7 @@ class PatchMaps:
             lent(loans),
             suppress(_Reached),
         ):
-            runs(**{name: _with_versions(x) for name, x in inputs.items()})
+            runs(**{name: with_versions(x) for name, x in inputs.items()})
 
 
 @contextmanager
@@ -283,20 +306,6 @@ def _measuring(module: nn.Module) -> Iterator[None]:
         MEASURING.discard(id(module))
 
 
-def _with_versions(value: Any) -> Any:
-    """A tensor that a graph may keep: those made in inference mode are copied."""
-    return value.clone() if torch.is_tensor(value) and value.is_inference() else value
-
-
-def _states(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """The states that a block was given."""
-    return next(x for x in (*args, *kwargs.values()) if torch.is_tensor(x))
-
-
-def _has_graph(value: Any) -> bool:
-    return torch.is_tensor(value) and value.requires_grad
-
-
 def _read(entries: Iterable[Tensor], leaves: Mapping[int, Tensor]) -> tuple[int, ...]:
     """The vision blocks whose states some tensors depend on."""
     found: set[int] = set()
@@ -313,7 +322,7 @@ def _watched(module: nn.Module, anatomy: Anatomy, found: list[str]) -> Iterable[
     inner = tuple(f"{path}." for path in (*blocks, anatomy.decoder))
 
     def note(path: str, part: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if any(map(_has_graph, (*args, *kwargs.values()))) and _has_graph(first_tensor(out)):
+        if any(map(has_graph, (*args, *kwargs.values()))) and has_graph(first_tensor(out)):
             found[:] = [p for p in found if not p.startswith(f"{path}.")] + [path]
 
     for path, part in module.named_modules():

@@ -320,3 +320,75 @@ def test_what_is_kept_knows_how_blocks_return(tmp_path, monkeypatch):
     monkeypatch.setenv("SINKSCOPE_KEEP_ANATOMY", "1")
     first, second = (of_type("llama4", shape=0)[1].tokens for _ in "12")
     assert torch.equal(first.sources, second.sources)
+
+
+class Sorted(nn.Module):
+    """A projector that puts its tokens in the order of their norms."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        out = self.inner(x)
+        order = x.norm(dim=-1).argsort(dim=-1)
+        return out.gather(1, order[..., None].expand_as(out))
+
+
+class Deaf(Sorted):
+    """A projector through which no gradient goes, as kernels of quantised weights may be."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [(Sorted, "changes with the image"), (Deaf, "no gradient passes")],
+)
+def test_a_map_that_cannot_be_trusted_is_refused(kind, says):
+    """Of every image, also of one that comes later; the decoder works."""
+    module, processor = tiny_llava()
+    module.model.multi_modal_projector = kind(module.model.multi_modal_projector)
+    lvlm = ss.LVLM(module, processor)
+    for size in ((64, 64), (90, 40)):
+        sample = lvlm.prepare(images=random_image(*size), text="what")
+        assert says in sample.tokens.unmapped
+        assert (sample.tokens.sources == -1).all()
+        assert int(sample.tokens.select("image").sum()) == 16
+    mass = ss.AttentionMass({"image": "image"})
+    assert lvlm.run(sample, [mass])[mass].mass.nan_to_num().max() <= 1 + 1e-5
+
+
+class Linear8(nn.Linear):
+    """Weights in int8 with a scale by row."""
+
+    def __init__(self, linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        whole = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight, self.bias = nn.Parameter(whole, requires_grad=False), linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "int8"])
+@pytest.mark.parametrize("make", [tiny_llava, tiny_qwen2_5_vl])
+def test_maps_are_the_same_in_half_precision_and_in_int8(make, how):
+    module, processor = make()
+    image = random_image(120, 60)
+    want = ss.LVLM(module, processor).prepare(images=image, text="what").tokens.sources
+    if how == "bfloat16":
+        module.to(torch.bfloat16)
+    else:
+        owner = module.model.visual if hasattr(module.model, "visual") else module.model
+        part = getattr(owner, "merger", None) or owner.multi_modal_projector
+        for name, child in list(part.named_modules()):
+            if isinstance(child, nn.Linear):
+                where, _, leaf = name.rpartition(".")
+                setattr(part.get_submodule(where), leaf, Linear8(child))
+    got = ss.LVLM(module, processor).prepare(images=image, text="what").tokens.sources
+    assert torch.equal(got, want)
