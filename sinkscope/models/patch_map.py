@@ -30,15 +30,12 @@ from sinkscope.models.gradients import (
 )
 from sinkscope.models.wrapping import ONE_AT_A_TIME, lent, undisturbed
 
-CROSS = "image states are not placed among the prompt's tokens"
-
-
-MEASURING: set[int] = set()
-"""The modules, by id, of which a pass runs to measure something: hooks of gates let it go."""
-
-
 AGAIN = "the vision tower runs several times in a pass"
 CONTENT = "which ViT tokens make an image token changes with the image"
+CROSS = "image states are not placed among the prompt's tokens"
+KEPT = 256  # maps of other shapes that are remembered, the newest ones
+MEASURING: set[int] = set()
+"""The modules, by id, of which a pass runs to measure something: hooks of gates let it go."""
 
 
 class Again(Exception):  # noqa: N818  it is no error, but something to say
@@ -55,13 +52,12 @@ class Wiring:
 
     ``feeds`` are the vision blocks that make image tokens; ``enters`` are pairs of a decoder layer above 0 and
     a vision block whose states are added there (DeepStack); ``projector`` is the path of what lies between,
-    "" if it was not found; ``lengths`` are the ViT tokens in every vision block.
+    or "".
     """
 
     feeds: tuple[int, ...]
     enters: tuple[tuple[int, int], ...] = ()
     projector: str = ""
-    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +135,7 @@ class PatchMaps:
         reads = {layer: _read(found, leaves) for layer, found in entries.items()}
         enters = tuple((layer, feed) for layer in sorted(reads) if layer for feed in reads[layer])
         feeds = reads.get(0, ()) or tuple(sorted({feed for _, feed in enters}))
-        lengths = tuple(leaf.shape[:-1].numel() for _, leaf in sorted(leaves.items()))
-        return Wiring(feeds, enters, between[-1] if between else "", lengths)
+        return Wiring(feeds, enters, between[-1] if between else "")
 
     def settle(self, anatomy: Anatomy, inputs: Mapping[str, Any], visual: Tensor) -> Anatomy:
         """The anatomy with what was declared of the towers' connection replaced by what was measured."""
@@ -177,6 +172,8 @@ class PatchMaps:
         """The map of inputs whose image tokens are ``visual``, bool ``[batch pos]``."""
         key = _signature(inputs, visual)
         if key not in self.known:
+            if len(self.known) >= KEPT:
+                self.known.pop(next(iter(self.known)))
             with gradients():
                 self.known[key] = self._said(self.measure(anatomy, inputs, visual))
         return self.known[key]
