@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -28,6 +29,8 @@ from sinkscope.models.stand_ins import made_inputs, stand_in
 OFF = "SINKSCOPE_KEEP_ANATOMY"
 """The environment variable that is ``"0"`` where nothing is to be kept."""
 VERSIONS = ("torch", "transformers", "nnsight")
+REMEMBERED: WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
+"""What was measured of a module in this process, with the digest of what it was then; no module is held."""
 ROOMS = ("anatomy", "kernels", "models")
 
 
@@ -66,6 +69,20 @@ def first_sample(lvlm: Any) -> Sample | None:
     if lvlm._asked:
         return None
     lvlm._asked = True
+    digest = digest_of_structure(lvlm.module)
+    before, known = REMEMBERED.get(lvlm.module, ("", {}))
+    if lvlm._verify is False and before == digest:  # by another LVLM, or a gate that was attached
+        lvlm._anatomy = lvlm._anatomy.measuring(known["measured"])
+        lvlm._maps = replace(lvlm._maps, **known["maps"])
+        return None
+    sample = _made_sample(lvlm)
+    if lvlm._anatomy.measured:
+        maps = {name: getattr(lvlm._maps, name) for name in ("tuples", "known", "shifting")}
+        REMEMBERED[lvlm.module] = digest, {"measured": _measured(lvlm), "maps": maps}
+    return sample
+
+
+def _made_sample(lvlm: Any) -> Sample | None:
     if lvlm.processor is not None and reads_words_only(lvlm.module):
         return lvlm.prepare(text="a few words of no meaning")
     if lvlm.processor is not None and lvlm._anatomy.vision.blocks:
@@ -99,17 +116,20 @@ def keep(lvlm: Any) -> None:
     """Write what was measured of an `LVLM`, where there is a folder to write to."""
     if os.environ.get(OFF) == "0":
         return
-    anatomy, (towers, head) = lvlm._anatomy, lvlm._proofs
-    measured = {name: getattr(anatomy, name) for name in MEASURED} | {
-        "packed": anatomy.vision.packed
-    }
+    towers, head = lvlm._proofs
     proofs = {name: [asdict(one) for one in few] for name, few in towers.items()}
     path = _file(lvlm)
     with suppress(OSError, CheckpointError):  # a read-only home: it is measured at the next load
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = {"measured": measured, "proofs": proofs, "head": asdict(head)}
+        data = {"measured": _measured(lvlm), "proofs": proofs, "head": asdict(head)}
         data |= {"tuples": lvlm._maps.tuples, "shifting": lvlm._maps.shifting}
         write_whole(path, json.dumps(seal(data)))
+
+
+def _measured(lvlm: Any) -> dict[str, Any]:
+    """What was measured of an anatomy, as plain data."""
+    found = {name: getattr(lvlm._anatomy, name) for name in MEASURED}
+    return found | {"packed": lvlm._anatomy.vision.packed}
 
 
 def _proof(data: dict[str, Any]) -> BlockProof:
@@ -119,9 +139,13 @@ def _proof(data: dict[str, Any]) -> BlockProof:
 
 def _file(lvlm: Any) -> Path:
     """Where a structure is kept: its digest is the name."""
-    text = "\n".join([*_versions(), *_structure(lvlm.module), repr(sorted(HINTS.items()))])
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    return cache_folder() / "anatomy" / f"{digest}.json"
+    return cache_folder() / "anatomy" / f"{digest_of_structure(lvlm.module)}.json"
+
+
+def digest_of_structure(module: nn.Module) -> str:
+    """32 hexadecimal digits that differ where another anatomy may be measured."""
+    text = "\n".join([*_versions(), *_structure(module), repr(sorted(HINTS.items()))])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @cache
