@@ -76,7 +76,7 @@ def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
 
 
 def load_config(name: str, options: dict[str, Any]) -> Any:
-    """The config, checked to be of a vision-language model that sinkscope knows."""
+    """The config of a folder or repository; CheckpointError if there is none."""
     check_options(options)
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():

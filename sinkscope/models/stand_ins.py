@@ -150,7 +150,7 @@ def _noise(*shape: int) -> Tensor:
 
 
 def _count(module: Any, pixels: Inputs) -> int:
-    """How many image tokens the model makes of pixels; without a way to ask, as many as it has queries."""
+    """How many image tokens the model makes of pixels, by its own ``get_image_features``."""
     owner = module if hasattr(module, "get_image_features") else module.base_model
     takes = inspect.signature(owner.get_image_features).parameters
     with torch.no_grad(), undisturbed(module):

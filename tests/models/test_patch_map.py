@@ -17,6 +17,7 @@ from sinkscope.errors import InputError
 from sinkscope.models.patch_map import destinations
 from sinkscope.testing import random_image, tiny_llava, tiny_qwen2_5_vl
 from sinkscope.testing.tiny import randomize
+from tests.models.test_holding import Linear8
 
 IMAGE, WIDTH = 3, 32
 
@@ -359,20 +360,6 @@ def test_a_map_that_cannot_be_trusted_is_refused(kind, says):
         assert int(sample.tokens.select("image").sum()) == 16
     mass = ss.AttentionMass({"image": "image"})
     assert lvlm.run(sample, [mass])[mass].mass.nan_to_num().max() <= 1 + 1e-5
-
-
-class Linear8(nn.Linear):
-    """Weights in int8 with a scale by row."""
-
-    def __init__(self, linear):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        whole = (linear.weight.detach() / self.scale).round().to(torch.int8)
-        self.weight, self.bias = nn.Parameter(whole, requires_grad=False), linear.bias
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "int8"])
