@@ -12,9 +12,18 @@ os.environ["SINKSCOPE_KEEP_ANATOMY"] = "0"  # every model is measured; test_kept
 torch.set_num_threads(1)  # tests run side by side; more threads only fight
 
 import sinkscope as ss  # noqa: E402
+from sinkscope.models import runs  # noqa: E402
 from sinkscope.testing import TINY, random_image  # noqa: E402
 
 FAMILIES = tuple(TINY)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--engine", choices=("hooks", "nnsight"), default="hooks", help="of runs here")
+
+
+def pytest_configure(config):
+    runs.DEFAULT = config.getoption("--engine")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from torch import nn
 
 from sinkscope.errors import ModelError
 
-LOOK_UPS = ("get_interface", "ALL_ATTENTION_FUNCTIONS")
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+LOOK_UPS = ("get_interface", REGISTRY)
 LOOPS = (ast.ListComp, ast.GeneratorExp, ast.For, ast.While)
 
 
@@ -100,9 +101,21 @@ def calls_attention(module: nn.Module) -> bool:
     return _read(inspect.unwrap(type(module).forward)) is not None
 
 
+def globals_of(module: nn.Module) -> dict[str, Any]:
+    """The names of the file that a module's ``forward`` is written in."""
+    return inspect.unwrap(type(module).forward).__globals__
+
+
 def registry_of(module: nn.Module) -> Any:
     """The registry in which a module's ``forward`` looks its attention function up, or None."""
-    return inspect.unwrap(type(module).forward).__globals__.get("ALL_ATTENTION_FUNCTIONS")
+    return globals_of(module).get(REGISTRY)
+
+
+def looks_up(module: nn.Module) -> bool:
+    """Whether a module asks its file's registry for its function; some do not under eager attention."""
+    asks = kernel_of(getattr(module, "config", None)) != "eager"
+    asks = asks or "get_interface" in source_of(type(module).forward)
+    return registry_of(module) is not None and asks
 
 
 def kernel_of(config: Any) -> str:

@@ -20,7 +20,7 @@ from sinkscope.detectors.detection import detect, visual_tokens
 from sinkscope.detectors.rules import STATE_SITE, decide
 from sinkscope.experiments.measuring import carry
 from sinkscope.experiments.sweep_grid import Cells, Numbered, Pair, end_of_image, words_of
-from sinkscope.kernels.walk import detached, resolve
+from sinkscope.kernels.walk import brought, detached, resolve
 from sinkscope.models import LVLM, Sample
 from sinkscope.models.decoder import Given, decoder_inputs
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
@@ -113,7 +113,7 @@ class Prompted:
             for read in reads:
                 state = states[read.site.layer][:, : self.last + 1]
                 given = resolve(None, read.parameters, state.device, {})
-                told[read.site] = detached(read.kernel(state, {}, **given))
+                told[read.site] = brought(detached(read.kernel(state, {}, **given)))
             result = probe.finish(told, context)
             mask = decide(rule, result, visual, live, "language", anatomy).mask[0]
         else:

@@ -56,17 +56,24 @@ def query_of(call):
     return args[1] if len(args) > 1 else kwargs["query"]
 
 
-def edit_call(source, step, call, span, now, state, out):
-    """Apply the site's edits to one call, in the plan's order, and have the model make the edited one."""
+class Place:
+    """What a module is given, ``input``, and gives, ``output``: states are read and replaced here."""
+
+    def __init__(self, input=None, output=None):
+        self.input, self.output = input, output
+
+
+def edit_call(step, call, span, state, out):
+    """Apply the site's edits to one call, in the plan's order: the edited call."""
     before, device = call, query_of(call).device
+    if span is None and step.get("keys"):
+        shape = key_of(call).shape
+        check_tokens(step, "keys of the shape", shape, (shape[0], shape[2]))
     for (slot, kernel, parameters), stage in zip(step["edits"], step["stages"], strict=True):
         place = (slot, step["tower"], step["name"], step["layer"])
         state |= {"edit": place, "stage": stage, "unedited": before}
         call, effect = kernel(call, state, span, **resolve(None, parameters, device, state))
         note_effect(out, slot, step, effect)
-    now["function"] = call[0]
-    if call[1] is not before[1] or call[2] is not before[2]:
-        getattr(source, step["call"]).inputs = (call[1], call[2])
     return call
 
 
@@ -94,18 +101,12 @@ def times(value, factors):
 
 
 def read_site(root, tracer, step, state, out):
-    """The value at a site after its edits: states, or the attention calls, one per window, in order.
-    Edits replace the callee where the module binds it, so the model itself calls the edited function.
+    """The value at a site of a trace after its edits: states, or the attention calls, one per window, in
+    order. Edits replace the callee where the module binds it, so the model itself calls the edited function.
     RuntimeError if the source is not as the anatomy says, or the windows do not tile the sequence."""
     here = locate(root, step["path"])
     if step["how"] != "attention":
-        value = first_tensor(here.input if step["how"] == "input" else here.output)
-        if step.get("spatial"):
-            value = value.flatten(1, 2)
-        if step["name"] != "mlp_hidden":
-            check_tokens(step, "states of the shape", value.shape, value.shape[:-1])
-        factors = factors_at(root, step.get("factors", ()), value.device)
-        return edit_value(here, step, value, factors, state, out)
+        return read_states(root, here, step, state, out)
     source, once = here.source, step["fires"] == "once"
     length = None if once else first_tensor(here.input).shape[:-1].numel()
     function, calls, covered = getattr(source, step["bind"]).output, [], 0
@@ -117,24 +118,38 @@ def read_site(root, tracer, step, state, out):
     now = {"function": function}
     if step["edits"]:
         getattr(source, step["bind"]).output = lambda *a, **k: now["function"](*a, **k)
-    if once:
-        call = (function, *getattr(source, step["call"]).inputs)
-        if step.get("keys"):
-            shape = key_of(call).shape
-            check_tokens(step, "keys of the shape", shape, (shape[0], shape[2]))
-        return [edit_call(source, step, call, None, now, state, out)]
-    for _ in tracer.iter[:]:
-        call = (function, *getattr(source, step["call"]).inputs)
-        span = (covered, covered + query_of(call).shape[2])
-        calls.append(edit_call(source, step, call, span, now, state, out))
-        covered = span[1]
-        if covered >= length:
+    for _ in (0,) if once else tracer.iter[:]:
+        before = call = (function, *getattr(source, step["call"]).inputs)
+        span = None if once else (covered, covered + query_of(call).shape[2])
+        call = edit_call(step, call, span, state, out)
+        now["function"] = call[0]
+        if call[1] is not before[1] or call[2] is not before[2]:
+            getattr(source, step["call"]).inputs = (call[1], call[2])
+        calls.append(call)
+        covered = span[1] if span else length
+        if covered is None or covered >= length:
             break
+    check_windows(step, covered, length)
+    return calls
+
+
+def check_windows(step, covered, length):
+    """RuntimeError if the windows of a module do not cover its tokens."""
     if covered != length:
         raise RuntimeError(
             f"The attention windows of {step['path']} cover {covered} tokens; expected {length}."
         )
-    return calls
+
+
+def read_states(root, here, step, state, out):
+    """The states at a site after its edits, where ``here`` is what a module is given and gives."""
+    value = first_tensor(here.input if step["how"] == "input" else here.output)
+    if step.get("spatial"):
+        value = value.flatten(1, 2)
+    if step["name"] != "mlp_hidden":
+        check_tokens(step, "states of the shape", value.shape, value.shape[:-1])
+    factors = factors_at(root, step.get("factors", ()), value.device)
+    return edit_value(here, step, value, factors, state, out)
 
 
 def edit_value(here, step, value, factors, state, out):
@@ -180,10 +195,53 @@ def resolve(root, parameters, device, state):
 
 
 def detached(value):
-    """The same nested value with every tensor cut from the graph and moved to the CPU."""
+    """The same nested value with every tensor cut from the graph."""
     if isinstance(value, dict):
         return {key: detached(part) for key, part in value.items()}
-    return value.detach().cpu()
+    return value.detach()
+
+
+HELD = 2**28  # bytes of answers that may wait on a device for the end of the pass
+
+
+def tensors_in(value):
+    """The tensors of a nested value."""
+    for part in value.values() if isinstance(value, dict) else ():
+        yield from tensors_in(part)
+    if torch.is_tensor(value):
+        yield value
+
+
+def brought(value):
+    """The same nested value in the memory of the CPU. Copies from a GPU are all begun, then waited for once."""
+    busy = set()
+
+    def bring(x):
+        if isinstance(x, dict):
+            return {key: bring(part) for key, part in x.items()}
+        if getattr(x.device, "type", "") != "cuda":
+            return x.cpu()
+        busy.add(x.device)
+        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+
+    value = bring(value)
+    for device in busy:
+        torch.cuda.current_stream(device).synchronize()
+    return value
+
+
+def ask(root, step, value, state, out):
+    """Ask a site all its questions; answers stay where they are, and come over when many have gathered."""
+    key = (step["tower"], step["name"], step["layer"])
+    device = (query_of(value[0]) if isinstance(value, list) else value).device
+    for slot, kernel, parameters in step["reads"]:
+        answer = detached(kernel(value, state, **resolve(root, parameters, device, state)))
+        out.setdefault(slot, {})[key] = answer
+        if device.type != "cpu":
+            state["held"] = state.get("held", 0) + sum(x.nbytes for x in tensors_in(answer))
+    if state.get("held", 0) > HELD:
+        out |= brought(out)
+        state["held"] = 0
 
 
 def walk(root, tracer, plan, number=0, memory=None):
@@ -192,12 +250,8 @@ def walk(root, tracer, plan, number=0, memory=None):
     out, state = {}, {"step": number, "memory": {} if memory is None else memory}
     for step in plan:
         value = read_site(root, tracer, step, state, out)
-        key = (step["tower"], step["name"], step["layer"])
-        device = (query_of(value[0]) if isinstance(value, list) else value).device
-        for slot, kernel, parameters in step["reads"]:
-            answer = kernel(value, state, **resolve(root, parameters, device, state))
-            out.setdefault(slot, {})[key] = detached(answer)
-    return out
+        ask(root, step, value, state, out)
+    return brought(out)
 
 
 def last_logits(logits, last=None, graph=False):

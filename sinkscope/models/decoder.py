@@ -6,7 +6,6 @@ cache keeps clean keys, and head dimensions that a trace adds for a bias of the 
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -16,7 +15,7 @@ from weakref import WeakKeyDictionary, finalize, ref
 import torch
 from torch import Tensor, nn
 
-from sinkscope.anatomy.attention_call import registry_of
+from sinkscope.anatomy.attention_call import globals_of, registry_of
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_whole
 from sinkscope.errors import AttentionCallError, LayerError, ModelError
@@ -130,7 +129,7 @@ def _redirect(model: nn.Module, anatomy: Anatomy, block: int, edit: PassEdit) ->
     """Lead a block's attention to the edited function; the result gives its old config back."""
     anatomy.language.call(block)
     attention: Any = model.get_submodule(anatomy.language.attention[block])
-    registry, names = registry_of(attention), inspect.unwrap(type(attention).forward).__globals__
+    registry, names = registry_of(attention), globals_of(attention)
     eager = names.get("eager_attention_forward")
     if registry is None:
         got = f"{type(attention).__module__} has no ALL_ATTENTION_FUNCTIONS; expected an attention"

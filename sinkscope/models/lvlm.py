@@ -24,9 +24,11 @@ from sinkscope.models.inputs import Sample, make_sample
 from sinkscope.models.patch_map import PatchMap, PatchMaps
 from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import (
+    Engine,
     Generation,
     OpenTrace,
     Run,
+    choose_engine,
     finish_run,
     generate_plan,
     generator_of,
@@ -204,6 +206,7 @@ class LVLM:
         remote: bool | str | None = None,
         kl: bool = False,
         grad: bool = False,
+        engine: Engine | None = None,
     ) -> Run:
         """Run one forward pass with any number of probes and interventions.
 
@@ -218,6 +221,8 @@ class LVLM:
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
+            engine: ``"hooks"`` or ``"nnsight"``, which give the same bits; None is the first, which is
+                faster, for runs here, and nnsight for remote ones.
         """
         kept.follow(self)
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
@@ -227,12 +232,14 @@ class LVLM:
         every = logits == "all" or not (logits or where)
         context, last = Context(self.anatomy, sample.tokens), sample.tokens.last
         plan = checking.plan_of(asked, edits, context, self)
-        made = run_plan(*self._on(where, sample), plan, None if every else last, where, grad)
+        chosen = choose_engine(engine, where, self._module, [plan])
+        model, inputs = self._on(where, sample)
+        made = run_plan(model, inputs, plan, None if every else last, where, grad, chosen)
         out = finish_run(made, asked, context, edits)
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
-        plain = self.run(sample, logits="last", remote=remote)
+        plain = self.run(sample, logits="last", remote=remote, engine=engine)
         return application.with_kl(out, plain, last)
 
     @typed
@@ -244,13 +251,14 @@ class LVLM:
         *,
         max_new_tokens: int | None = None,
         remote: bool | str | None = None,
+        engine: Engine | None = None,
         **options: Any,
     ) -> Generation:
         """Generate an answer with the KV cache, probing every forward pass.
 
         The answer is the one of ``model.generate(**sample.inputs, **options)``. Probes of the vision
         tower have a result at the prompt only. A decode step has one query, and the keys so far.
-        Interventions apply at the steps they name. For ``remote`` see `run`.
+        Interventions apply at the steps they name. For ``remote`` and ``engine`` see `run`.
 
         Args:
             max_new_tokens: Upper bound on the answer's length, or None.
@@ -270,7 +278,9 @@ class LVLM:
         context = partial(Context, self.anatomy, sample.tokens)
         first = checking.plan_of(asked, edits, context(0), self)
         plans = [first, checking.plan_of(later, edits, context(1), self)]
-        outputs, sequences = generate_plan(*self._on(where, sample), plans, options, where, at)
+        chosen = choose_engine(engine, where, self._module, plans)
+        model, inputs = self._on(where, sample)
+        outputs, sequences = generate_plan(model, inputs, plans, options, where, at, chosen)
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
         for step, output in enumerate(outputs):

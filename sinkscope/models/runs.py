@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import nnsight
 import torch
@@ -23,6 +23,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
 from sinkscope.kernels.walk import last_logits, locate, read_site, walk
+from sinkscope.models import hooks
 from sinkscope.models.requests import Plan, step_at
 from sinkscope.models.wrapping import ByName, Inputs, Wrapped
 from sinkscope.protocols import Effect, Intervention, Probe, effect_from
@@ -101,6 +102,11 @@ def generator_of(module: Any) -> str:
     return next(filter(None, parts), "") if own is not usual.generate else ""
 
 
+def moved_by(plan: Plan) -> bool:
+    """Whether edits of a plan move tokens."""
+    return any(step.get("moved") for step in plan)
+
+
 @contextmanager
 def ready_to_trace(
     model: Model, *plans: Plan, grad: bool = False, where: Where = False, at: str = ""
@@ -115,19 +121,50 @@ def ready_to_trace(
     if where:
         nnsight.ndif.pull_env()  # what nnsight registers itself, once per process, is not ours
     homes = homes - {"__main__"} if where else set()
-    moved = any(step.get("moved") for step in steps)
-    with explained(moved=moved), travelling(homes), model.on(paths, outputs, grad) as traced:
+    with (
+        explained(moved=any(map(moved_by, plans))),
+        travelling(homes),
+        model.on(paths, outputs, grad) as traced,
+    ):
         yield traced
 
 
+ENGINES = ("hooks", "nnsight")
+Engine = Literal["hooks", "nnsight"]
+DEFAULT = "hooks"  # the test suite runs with either: pytest --engine nnsight
+
+
+def choose_engine(engine: str | None, where: Where, module: Any, plans: Sequence[Plan]) -> str:
+    """What runs some plans: `sinkscope.models.hooks` where the model is here, and nnsight elsewhere."""
+    hint = "None is 'hooks' for runs here and 'nnsight' for remote ones."
+    check_choice((None, *ENGINES), error=errors.InputError, hint=hint, engine=engine)
+    fits = not where and all(hooks.fits(module, plan) for plan in plans)
+    if engine == "hooks" and not fits:
+        got = f"Got engine='hooks' {f'with remote={where!r}' if where else 'for attention that no registry'}"
+        wanted = "a run here" if where else " gives; expected attention of transformers' interface"
+        got = f"{got}; expected {wanted}" if where else f"{got}{wanted}"
+        raise errors.InputError(f"{got}. Write engine='nnsight'.")
+    return engine or (DEFAULT if fits else "nnsight")
+
+
 def run_plan(
-    model: Model, inputs: Inputs, plan: Plan, last: Tensor | None, where: Where, grad: bool
+    model: Model,
+    inputs: Inputs,
+    plan: Plan,
+    last: Tensor | None,
+    where: Where,
+    grad: bool,
+    engine: str = "nnsight",
 ) -> Output:
     """Run one forward pass.
 
     ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
     is False to run here, else nnsight's ``remote``; ``grad`` keeps the graph of the logits.
     """
+    if engine == "hooks":
+        with explained(moved=moved_by(plan)):
+            answers, logits = hooks.run_here(model.module, inputs, plan, last, grad)
+        return sited(answers), logits
     save, go, pick = nnsight.save, walk, last_logits  # a block that travels takes locals along
     answers: Any = None
     logits: Any = None
@@ -146,16 +183,43 @@ def run_plan(
 
 
 def generate_plan(
-    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where, at: str = ""
+    model: Model,
+    inputs: Inputs,
+    plans: Sequence[Plan],
+    options: Inputs,
+    where: Where,
+    at: str = "",
+    engine: str = "nnsight",
 ) -> tuple[list[Output], Tensor]:
     """Outputs of all passes and sequences ``[batch pos]``, with plans for the prompt and for a step, of the
     part ``at`` a path that `generator_of` gives."""
+    # With some caches generate compiles the model of itself, and what is compiled has no sites.
+    given: dict[str, Any] = {**options, "disable_compile": True}
+    if engine == "hooks":
+        with explained(moved=any(map(moved_by, plans))):
+            steps, sequences = hooks.generate_here(model.module, inputs, plans, given, at)
+    else:
+        steps, sequences = generate_traced(model, inputs, plans, given, where, at)
+    prompt, sequences = inputs["input_ids"].cpu(), sequences.detach().cpu()
+    if not torch.equal(sequences[:, : prompt.shape[1]], prompt):
+        got = "The model's generate changes the prompt that it is given; expected sequences that begin with it"
+        raise errors.ModelError(f"{got}. Write lvlm.run(sample, ...) for single passes.")
+    made = sequences.shape[1] - prompt.shape[1]
+    if len(steps) != made:
+        got = f"Read {len(steps)} of {made} forward passes; expected all. A site was not reached at"
+        write = "write lvlm.run(...), or leave out the probe of that site."
+        raise errors.AttentionCallError(f"{got} every decode step: {write}")
+    return [(sited(answers), logits) for answers, logits in steps], sequences
+
+
+def generate_traced(
+    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where, at: str
+) -> tuple[list[Any], Tensor]:
+    """Answers and logits of all passes, and sequences, through nnsight."""
     save, go, pick, part = nnsight.save, walk, last_logits, locate
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
-    # With some caches generate compiles the model of itself, and what is compiled has no sites.
-    given: dict[str, Any] = {**options, "disable_compile": True}
-    given |= {"remote": where} if where else {"fn": "generate"}
+    given = {**options, **({"remote": where} if where else {"fn": "generate"})}
     with ready_to_trace(model, *plans, where=where, at=at) as traced, warnings.catch_warnings():
         # The open-ended loop below asks for one step more than the model makes.
         warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
@@ -168,16 +232,7 @@ def generate_plan(
                     steps.append((answers, pick(part(traced, at).output.logits, newest)))
             with tracer.invoke():
                 sequences = save(tracer.result)
-    prompt, sequences = inputs["input_ids"].cpu(), sequences.detach().cpu()
-    if not torch.equal(sequences[:, : prompt.shape[1]], prompt):
-        got = "The model's generate changes the prompt that it is given; expected sequences that begin with it"
-        raise errors.ModelError(f"{got}. Write lvlm.run(sample, ...) for single passes.")
-    made = sequences.shape[1] - prompt.shape[1]
-    if len(steps) != made:
-        got = f"Read {len(steps)} of {made} forward passes; expected all. A site was not reached at"
-        write = "write lvlm.run(...), or leave out the probe of that site."
-        raise errors.AttentionCallError(f"{got} every decode step: {write}")
-    return [(sited(answers), logits) for answers, logits in steps], sequences
+    return steps, sequences
 
 
 def sited(answers: Mapping[Any, Mapping[tuple, Any]]) -> Answers:

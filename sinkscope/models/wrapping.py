@@ -91,7 +91,7 @@ class Wrapped:
     """
 
     def __init__(self, module: nn.Module, make: Callable[[nn.Module], Any] = LocalModel) -> None:
-        self._module, self._make = module, make
+        self.module, self._make = module, make
         self._model: Any = None
         self._seen: list[tuple[nn.Module, Any, Any, dict[str, nn.Module | None]]] = []
         self._loans: dict[str, Loan] = {}
@@ -100,14 +100,14 @@ class Wrapped:
     def model(self) -> Any:
         """What nnsight made of the module as it is now; it is traced inside of `on`."""
         with ONE_AT_A_TIME:
-            parts = dict(self._module.named_modules())
+            parts = dict(self.module.named_modules())
             seen = [
                 (part, vars(part).get("forward"), type(part).forward, dict(part._modules))
                 for part in parts.values()
             ]
             if self._model is None or seen != self._seen:
                 with lent([(part, _without_nnsight(part)) for part in parts.values()]):
-                    self._model = self._make(self._module)
+                    self._model = self._make(self.module)
                     self._loans = {at: (part, own_of(part, NAMES)) for at, part in parts.items()}
                 self._seen = seen
         return self._model
@@ -116,24 +116,13 @@ class Wrapped:
     def on(
         self, paths: Collection[str] | None, outputs: Collection[str], grad: bool
     ) -> Iterator[Any]:
-        """What nnsight traces, until the block ends; never in inference mode, which has no gradient.
-
-        ``paths`` are the parts that will be looked at, None for all; hooks of the user's must not replace
-        one of the ``outputs``, which may still grow; ``grad`` keeps the graph.
-        """
+        """What nnsight traces, until the block ends; ``paths`` None are all parts, and the rest is for `held`."""
         with ONE_AT_A_TIME:
             model = self.model
             wanted = self._loans if paths is None or self._make is not LocalModel else paths
-            if gone := set(wanted) - self._loans.keys():
-                got = f"The model has no {min(gone)!r} any more; expected the parts it was loaded with"
-                raise ModelError(f"{got}. Write ss.LVLM(model, processor) anew.")
-            parts = {path: self._loans[path] for path in wanted}
             with (
-                torch.inference_mode(mode=False),
-                torch.set_grad_enabled(grad),
-                undisturbed(self._module),
-                looking_only({path: part for path, (part, _) in parts.items()}, outputs),
-                lent(parts.values()),
+                held(self.module, wanted, outputs, grad),
+                lent(self._loans[path] for path in wanted),
             ):
                 yield model
 
@@ -147,6 +136,31 @@ def _without_nnsight(part: nn.Module) -> dict[str, Any]:
     own = vars(part)
     forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
     return dict.fromkeys(NAMES, ABSENT) | {"forward": forward}
+
+
+@contextmanager
+def held(
+    module: nn.Module, paths: Collection[str], outputs: Collection[str], grad: bool
+) -> Iterator[Mapping[str, Any]]:
+    """Hold a model for one pass, never in inference mode, which has no gradient.
+
+    ``paths`` are the parts that will be looked at; hooks of the user's must not replace one of the
+    ``outputs``, which may still grow; ``grad`` keeps the graph. It gives the parts by path.
+    """
+    try:
+        parts = {path: module.get_submodule(path) for path in paths}
+    except AttributeError as error:
+        got = f"The model has not all of its parts any more ({error})"
+        write = "Write ss.LVLM(model, processor) anew."
+        raise ModelError(f"{got}; expected those it was loaded with. {write}") from error
+    with (
+        ONE_AT_A_TIME,
+        torch.inference_mode(mode=False),
+        torch.set_grad_enabled(grad),
+        undisturbed(module),
+        looking_only(parts, outputs),
+    ):
+        yield parts
 
 
 @contextmanager
@@ -175,6 +189,8 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
 
 class ByName:
     """A module that nnsight made itself, without weights: remote runs may overlap."""
+
+    module: Any = None
 
     def __init__(self, model: nnsight.TransformersModel) -> None:
         self.model = model
