@@ -113,9 +113,13 @@ def registry_of(module: nn.Module) -> Any:
 
 def looks_up(module: nn.Module) -> bool:
     """Whether a module asks its file's registry for its function; some do not under eager attention."""
-    asks = kernel_of(getattr(module, "config", None)) != "eager"
-    asks = asks or "get_interface" in source_of(type(module).forward)
+    asks = kernel_of(getattr(module, "config", None)) != "eager" or _asks(type(module).forward)
     return registry_of(module) is not None and asks
+
+
+@lru_cache(maxsize=256)
+def _asks(forward: Callable[..., Any]) -> bool:
+    return "get_interface" in source_of(forward)
 
 
 def kernel_of(config: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sinkscope.anatomy.attention_call import AttentionCall, NoAttentionCall
@@ -91,23 +92,23 @@ class TowerAnatomy:
         """Number of blocks."""
         return len(self.blocks)
 
-    @property
+    @cached_property
     def attending(self) -> tuple[int, ...]:
         """Blocks whose attention call was found; the others have a residual stream only."""
         return tuple(i for i, call in enumerate(self.calls) if isinstance(call, AttentionCall))
 
-    @property
+    @cached_property
     def adding(self) -> tuple[int, ...]:
         """Blocks of which is known what attention and MLP add: those with attn_out and mlp_out."""
         return tuple(i for i, found in enumerate(self.branches) if isinstance(found, tuple))
 
-    @property
+    @cached_property
     def writing(self) -> tuple[int, ...]:
         """Blocks of which is known what every key writes into the stream through attention."""
         known = (i for i in self.attending if i in self.adding and self.projection[i])
         return tuple(i for i in known if not self.proof(i).writes)
 
-    @property
+    @cached_property
     def stating(self) -> tuple[int, ...]:
         """Blocks whose residual stream is one state of width ``d_model`` per token."""
         return tuple(i for i in range(self.n_layers) if not self.proof(i).states)

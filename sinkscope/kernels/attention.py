@@ -23,9 +23,10 @@ NAMES = ("module", "query", "key", "value", "attention_mask")
 def arguments(call):
     """The call's arguments by name, and the remaining keyword arguments."""
     _, args, kwargs = call
-    named = {"attention_mask": None, **dict(zip(NAMES, args, strict=False))}
-    named |= {name: value for name, value in kwargs.items() if name in NAMES}
-    return named, {name: value for name, value in kwargs.items() if name not in NAMES}
+    named, rest = {"attention_mask": None, **dict(zip(NAMES, args, strict=False))}, {}
+    for name, value in kwargs.items():
+        (named if name in NAMES else rest)[name] = value
+    return named, rest
 
 
 def ask(call, query=None, key=None, value=None, float32=False, keep=None):
@@ -43,9 +44,11 @@ def ask(call, query=None, key=None, value=None, float32=False, keep=None):
     if mask is not None and mask.is_floating_point():
         mask = mask.float().clamp(min=torch.finfo(torch.float32).min) if float32 else mask
         mask = mask.to(tensors[0].dtype)
-    # Autocast, which the model or a server may run under, would round what was asked for in fp32.
     device = tensors[0].device.type
-    with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not float32):
+    if not (float32 and torch.is_autocast_enabled(device)):
+        return call[0](named["module"], *tensors, mask, **rest)[0]
+    # Autocast, which the model or a server may run under, would round what was asked for in fp32.
+    with torch.autocast(device, enabled=False):
         return call[0](named["module"], *tensors, mask, **rest)[0]
 
 
@@ -105,21 +108,27 @@ def one_head(call):
     return call[0], (), {**named, **rest, "query": query, "key": key[:, :1], "value": value}
 
 
+def padded(x, value):
+    """``x`` ``[batch key column]`` as values of a call, as many as these hold at once: ``[(columns, tensor)]``."""
+    out, width = [], value.shape[-1]
+    for part in x.split(width, dim=-1):
+        # Padded to the head dimension: another width would leave the fused kernel.
+        wide = torch.nn.functional.pad(part.to(value), (0, width - part.shape[-1]))
+        wide = wide.expand(value.shape[0], -1, -1)[:, None].expand(-1, value.shape[1], -1, -1)
+        out.append((part.shape[-1], wide))
+    return out
+
+
 def weigh_values(call, x, null=False, float32=False):
-    """``A @ x`` of any ``[batch key column]``, ``[batch head query column]``; with ``null`` at ``q = 0``."""
+    """``A @ x`` of any ``[batch key column]``, ``[batch head query column]``; with ``null`` at ``q = 0``.
+    ``x`` may also be what `padded` made of it."""
     call = attending(call, null)
     named, _ = arguments(call)
-    value, out = named["value"], []
-    query = torch.zeros_like(named["query"]) if null else None
-    for part in x.split(value.shape[-1], dim=-1):
-        columns = part.shape[-1]
-        # Padded to the head dimension: another width would leave the fused kernel.
-        part = part.to(value).expand(value.shape[0], -1, -1)
-        padded = torch.nn.functional.pad(part, (0, value.shape[-1] - columns))
-        padded = padded[:, None].expand(-1, value.shape[1], -1, -1)
-        answer = ask(call, query=query, value=padded, float32=float32)
+    query, out = torch.zeros_like(named["query"]) if null else None, []
+    for columns, values in padded(x, named["value"]) if torch.is_tensor(x) else x:
+        answer = ask(call, query=query, value=values, float32=float32)
         out.append(answer[..., :columns].transpose(1, 2))
-    return torch.cat(out, dim=-1)
+    return torch.cat(out, dim=-1) if len(out) > 1 else out[0]
 
 
 def weights_on(call, start, stop, float32=False):
@@ -183,17 +192,64 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
     """Attention mass on key groups: ``{"mass": [batch head query group], "null": [batch query group]}``.
     ``groups`` ``[batch key group]`` are one-hot, or any weights; ``rows`` ``[batch row]`` are the queries to
     keep, -1 where absent, or None for all."""
-    masses, nulls = [], []
+    masses, nulls, few = [], [], None
     for call, (_, _, k_at, k_to), part in by_call(calls, groups, state):
-        masses.append(weigh_values(call, part, float32=float32).float())
+        mark, value = ("mass", id(groups), float32, k_at, k_to), arguments(call)[0]["value"]
+        key = ("columns", *mark, value.shape, value.dtype)
+        if key not in state:
+            state[key] = padded(part, value)
+        few = None if layout is not None else only(call, rows)
+        found = weigh_values(few or call, state[key], float32=float32)
+        # Its own memory: a view would hold all columns that the kernel was asked for.
+        masses.append(found.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
         if null:
-            mark = ("mass", id(groups), float32, k_at, k_to)
             flat = shared_null(state, call, mark, weigh_values, part, True, float32)
             nulls.append(flat[:, 0].float())
-    out = {"mass": pick(unpack(torch.cat(masses, dim=2), layout, 2), rows, 2)}
+    mass = masses[0] if len(masses) == 1 else torch.cat(masses, dim=2)
+    kept = (
+        rows
+        if few is None
+        else torch.arange(rows.shape[1], device=rows.device).where(rows >= 0, rows)
+    )
+    out = {"mass": pick(unpack(mass, layout, 2), kept, 2)}
     if null:
-        out["null"] = pick(unpack(torch.cat(nulls, dim=1), layout, 1), rows, 1)
+        flat = nulls[0] if len(nulls) == 1 else torch.cat(nulls, dim=1)
+        out["null"] = pick(unpack(flat, layout, 1), rows, 1)
     return out
+
+
+def only(call, rows):
+    """The call of some queries ``[batch row]`` alone, under the mask that they have in it; None where that
+    is no gain, or where more than queries, keys and the mask decides what they see."""
+    named, rest = arguments(call)
+    query, mask = named["query"], named["attention_mask"]
+    n_query, n_key = query.shape[2], named["key"].shape[2]
+    plain = getattr(call[0], "__name__", "") in (
+        "sdpa_attention_forward",
+        "eager_attention_forward",
+    )
+    extras = [rest.get("sliding_window") if mask is None else None, rest.get("position_bias")]
+    if (
+        rows is None
+        or not plain
+        or 4 * rows.shape[1] > n_query
+        or any(x is not None for x in extras)
+    ):
+        return None
+    at, causal = rows.clamp(min=0), is_causal(named, rest)
+    index = at[:, None, :, None]
+    if mask is None and not causal:
+        seen = None
+    elif mask is None:
+        seen = torch.arange(n_key, device=at.device) <= index
+        seen = torch.zeros(seen.shape, dtype=query.dtype, device=at.device).masked_fill_(
+            ~seen, float("-inf")
+        )
+    else:
+        mask = mask.expand(len(rows), -1, -1, -1)[..., :n_key]
+        seen = mask.gather(2, index.expand(-1, mask.shape[1], -1, n_key))
+    query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[-1]))
+    return call[0], (), {**named, **rest, "query": query, "attention_mask": seen}
 
 
 def patterns(calls, state, rows, layout=None):

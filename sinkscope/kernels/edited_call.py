@@ -19,12 +19,15 @@ import torch
 from sinkscope.kernels.attention import (
     NAMES,
     arguments,
+    ask,
     fit_keys,
+    is_causal,
     learned_sink,
     one_head,
     weigh_values,
     weights_on,
 )
+from sinkscope.kernels.logsumexp import fused
 
 TAKES = {"keys": "named, rest", "logits": "named, rest"}
 TAKES |= {"weights": "ask, value, output", "values": "value"}  # what the change of a stage takes
@@ -91,6 +94,69 @@ def with_change(call, state, gate, change):
     return (attend(getattr(function, "base", function), recipe), *call[1:])
 
 
+def located(call, state, span, keys, live, rows, heads, spare_empty):
+    """What `prepared` and `reach` give, ``(keys, live, rows, gate, empty)``, and whether the gate holds
+    everywhere; once per pass for calls whose queries see the same keys."""
+    named, rest = arguments(call)
+    mask, shapes = named["attention_mask"], tuple(named[name].shape for name in ("query", "key"))
+    sees = (id(mask), rest.get("sliding_window"), is_causal(named, rest), learned_sink(call))
+    given = (
+        *map(id, (keys, live, rows)),
+        span,
+        None if heads is None else tuple(heads),
+        spare_empty,
+    )
+    others = tuple(x for x in rest.values() if torch.is_tensor(x))
+    key = ("reach", *given, *sees, *shapes, *map(id, others))
+    if key not in state or hasattr(call[0], "recipe"):
+        fitted = prepared(call, state, span, keys, live, rows)
+        gate, empty = reach(call, *fitted, heads, spare_empty)
+        # The tensors are kept so that their ids cannot be given to others.
+        state[key] = (*fitted, gate, empty, bool(gate.all())), (keys, live, rows, mask, others)
+    return state[key][0]
+
+
+def made_at_once(call, state, gate, change):
+    """Make a call plain and with a change of keys or logits, where a fused kernel gives both log-sum-exps.
+
+    ``(output, less)``: what the edited function gives, joined by the ``gate``, and ``[batch head query]``, by
+    how much the log-sum-exp of the logits fell; None where no kernel gives it, or a graph is kept. The first
+    plain output of a pass is compared with the model's own, bit for bit.
+    """
+    if hasattr(call[0], "recipe") or torch.is_grad_enabled() or (plain := fused(call)) is None:
+        return None
+    if "fused" not in state:
+        state["fused"] = torch.equal(plain.output, ask(call))
+    named, rest = change(*arguments(call))
+    other = fused((call[0], (), {**named, **rest})) if state["fused"] else None
+    if other is None:
+        return None
+    output = torch.where(gate, other.output[..., : plain.output.shape[-1]], plain.output)
+    return output, plain.lse - other.lse
+
+
+def knowing(call, output):
+    """The edited call with its output, which is then not computed again."""
+    named, _ = arguments(call)
+    call[0].known = [(named["query"], named["key"], named["value"], output)]
+    return call
+
+
+def counts(gate, keys, empty):
+    """What `effect_of` reports without attention."""
+    return {
+        "rows": gate.any(dim=2)[..., 0].sum(1),
+        "empty": empty.sum(1),
+        "tokens": (keys if keys.ndim == 2 else keys[:, -1]).sum(1),
+        "count": gate.sum(dim=(1, 2, 3)),
+    }
+
+
+def totals(gate, mass):
+    """Attention ``[batch head query]`` summed over the rows and heads where an edit holds, ``[batch]``."""
+    return torch.where(gate[..., 0], mass.transpose(1, 2), 0.0).sum(dim=(1, 2))
+
+
 def effect_of(before, after, gate, keys, empty, measure):
     """Report an edit: rows touched, rows left empty, attention on the keys before and after.
 
@@ -99,19 +165,14 @@ def effect_of(before, after, gate, keys, empty, measure):
     ``"rows"``, ``"empty"``, ``"tokens"`` (of the last row), ``"count"`` of touched (row, head) pairs, and
     with ``measure`` the attention on the keys summed over those pairs, ``"before"`` and ``"after"``.
     """
-    out = {
-        "rows": gate.any(dim=2)[..., 0].sum(1),
-        "empty": empty.sum(1),
-        "tokens": (keys if keys.ndim == 2 else keys[:, -1]).sum(1),
-        "count": gate.sum(dim=(1, 2, 3)),
-    }
+    out = counts(gate, keys, empty)
     for name, call in (("before", before), ("after", after)) if measure else ():
         if keys.ndim == 2:
             mass = weigh_values(call, keys[..., None])[..., 0].float()
         else:
             each = weights_by_key(call, False)
             mass = sum((part * keys[:, None, :, at]).sum(-1) for at, part in each)
-        out[name] = torch.where(gate[..., 0], mass.transpose(1, 2), 0.0).sum(dim=(1, 2))
+        out[name] = totals(gate, mass)
     return out
 
 
@@ -151,9 +212,12 @@ def attend(base, recipe):
     def edited(*args, **kwargs):
         keep = kwargs.pop("keep", None)
         named, rest = arguments((None, args, kwargs))
+        asked = (named["query"], named["key"], named["value"])
+        if edited.known and all(a is b for a, b in zip(asked, edited.known[0], strict=False)):
+            return edited.known.pop()[-1], None
         return replaced(base, recipe, named, rest, keep), None
 
-    edited.base, edited.recipe = base, recipe
+    edited.base, edited.recipe, edited.known = base, recipe, []
     edited.plain = getattr(base, "plain", base)
     edited.attends = attend(base, {**recipe, "values": ()}) if recipe["values"] else edited
     return edited
@@ -182,7 +246,7 @@ def weighed(base, recipe, named, rest, many):
         asked = {**named, "value": value}
         if among is None:
             return weighed(base, recipe, asked, rest, many - 1)
-        return biased(base, (*steps, (None, among)), asked, rest)[..., : value.shape[-1]]
+        return biased(base, (*steps, (None, among)), asked, rest)
 
     plain = ask(named["value"])
     return torch.where(gate, change(ask, named["value"], plain).to(plain.dtype), plain)
@@ -193,12 +257,13 @@ def biased(base, steps, named, rest, at=0):
     if at == len(steps):
         return base(*[named[name] for name in NAMES], **rest)[0]
     gate, change = steps[at]
-    other = biased(base, steps, *change(named, rest), at + 1)
-    if gate is None:
-        return other
-    plain = biased(base, steps, named, rest, at + 1)
     # A bias rides in extra head dimensions, which the output does not keep.
-    return torch.where(gate, other[..., : plain.shape[-1]], plain)
+    other = biased(base, steps, *change(named, rest), at + 1)[..., : named["value"].shape[-1]]
+    return (
+        other
+        if gate is None
+        else torch.where(gate, other, biased(base, steps, named, rest, at + 1))
+    )
 
 
 def column(keys, value):

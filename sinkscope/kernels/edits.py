@@ -13,12 +13,17 @@ import torch
 from sinkscope.kernels.attention import arguments, fit_keys, is_causal, learned_sink, weigh_values
 from sinkscope.kernels.edited_call import (
     column,
+    counts,
     effect_of,
     head_mask,
     keys_of_call,
+    knowing,
     knows_float32,
+    located,
+    made_at_once,
     prepared,
     reach,
+    totals,
     uniform,
     weights_by_key,
     with_change,
@@ -38,9 +43,12 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     ``"weights"`` it is the weight alone.
     """
     stage = state["stage"]
-    keys, live, rows = prepared(call, state, span, keys, live, rows)
-    masks = stage == "logits" and factor == 0
-    gate, empty = reach(call, keys, live, rows, heads, masks)
+    masks, measure = stage == "logits" and factor == 0, measure and state.get("measure", True)
+    keys, live, rows, gate, empty, whole = located(
+        call, state, span, keys, live, rows, heads, masks
+    )
+    if stage == "logits":
+        return edit_logits(call, state, keys, gate, whole, empty, factor, measure)
     if torch.is_tensor(factor):
         factor = keys_of_call(factor, span, keys.shape[1], state)
 
@@ -52,12 +60,51 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
         scaled = named["key"] * scale[:, None, :, None]
         return {**named, "key": scaled.to(named["key"].dtype)}, rest
 
-    change = weigh if stage == "weights" else multiply
-    if stage == "logits":
-        bias = torch.zeros(keys.shape, device=keys.device)
-        change = bias_keys(bias.masked_fill(keys, MASKED if masks else math.log(factor)))
-    after = with_change(call, state, gate, change)
+    if stage == "weights":
+        return (
+            with_change(call, state, gate, weigh),
+            weighed_effect(call, gate, keys, empty, lambda mass: factor * mass, measure),
+        )
+    after = with_change(call, state, None if whole else gate, multiply)
     return after, effect_of(call, after, gate, keys, empty, measure)
+
+
+def edit_logits(call, state, keys, gate, whole, empty, factor, measure):
+    """Multiply the weights of ``keys`` by a factor and renormalise: a bias of the logits.
+
+    A mass ``m`` becomes ``s m / (1 + (s - 1) m)``, and the sum of exponentials ``1 + (s - 1) m`` of what it
+    was: from that `made_at_once` knows the mass, else it is asked for.
+    """
+    bias = MASKED if factor == 0 else math.log(factor)
+    mark = ("bias", id(keys), bias)
+    if mark not in state:
+        state[mark] = (
+            bias_keys(torch.zeros(keys.shape, device=keys.device).masked_fill(keys, bias)),
+            keys,
+        )
+    change = state[mark][0]
+    after = with_change(call, state, None if whole else gate, change)
+
+    def scaled(mass):
+        return factor * mass / (1 + (factor - 1) * mass).clamp(min=1e-30)
+
+    # Near 1 the quotient says little about the mass.
+    both = made_at_once(call, state, gate, change) if measure and abs(factor - 1) >= 0.1 else None
+    if both is None:
+        return after, weighed_effect(call, gate, keys, empty, scaled, measure)
+    output, less = both
+    mass = ((-less).exp() - 1).div(factor - 1).clamp(0, 1)
+    told = {"before": totals(gate, mass), "after": totals(gate, scaled(mass))}
+    return knowing(after, output), {**counts(gate, keys, empty), **told}
+
+
+def weighed_effect(call, gate, keys, empty, scaled, measure):
+    """The effect of an edit that makes of each mass what ``scaled`` says."""
+    if not measure:
+        return counts(gate, keys, empty)
+    mass = weigh_values(call, keys[..., None])[..., 0].float()
+    told = {"before": totals(gate, mass), "after": totals(gate, scaled(mass))}
+    return {**counts(gate, keys, empty), **told}
 
 
 def bias_keys(bias):
@@ -67,6 +114,7 @@ def bias_keys(bias):
     keep bf16 exact to 16 bits. Under a soft-cap or beyond 256 dimensions it is an explicit mask, rounded to
     the mask's dtype.
     """
+    largest = float(bias.abs().max())
 
     def change(named, rest):
         width, scaling = named["query"].shape[-1], rest.get("scaling")
@@ -74,7 +122,7 @@ def bias_keys(bias):
             return {**named, "attention_mask": masked(named, rest, bias)}, rest
         scaling = width**-0.5 if scaling is None else scaling
         # A power of two, so that only the keys' side is rounded.
-        size = 2.0 ** round(math.log2(max(1.0, float(bias.abs().max()) / scaling)) / 2)
+        size = 2.0 ** round(math.log2(max(1.0, largest / scaling)) / 2)
         names, pad = ("query", "key", "value"), torch.nn.functional.pad
         wider = {**named, **{name: pad(named[name], (0, EXTRA)) for name in names}}
         key, wanted = wider["key"], bias / (size * scaling)
@@ -113,7 +161,7 @@ def divide_queries(call, state, span, keys, live, temperature, rows=None, heads=
         return {**named, "query": named["query"] / temperature}, rest
 
     after = with_change(call, state, gate, change)
-    return after, effect_of(call, after, gate, keys, empty, measure=True)
+    return after, effect_of(call, after, gate, keys, empty, state.get("measure", True))
 
 
 def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads=None, **rule):
@@ -161,7 +209,8 @@ def edit_mass(call, state, span, source, target, live, recycle, rows=None, heads
         return output - recycle * taken + budget * given
 
     after = with_change(call, state, gate, change)
-    return after, effect_of(call, after, gate, keys, empty, rule.get("measure", True))
+    measure = rule.get("measure", True) and state.get("measure", True)
+    return after, effect_of(call, after, gate, keys, empty, measure)
 
 
 def evict_keys(call, state, span, live, start, recent, measure=True):
@@ -185,6 +234,7 @@ def evict_keys(call, state, span, live, start, recent, measure=True):
         return {**named, "attention_mask": mask}, rest
 
     after = with_change(call, state, gate, change)
+    measure = measure and state.get("measure", True)
     return after, effect_of(call, after, gate, lost, torch.zeros_like(rows), measure)
 
 

@@ -23,6 +23,9 @@ from sinkscope.kernels.attention import (
     weights_on,
 )
 from sinkscope.kernels.edits import EXTRA
+from sinkscope.kernels.logsumexp import column_sums as fused_sums
+from sinkscope.kernels.logsumexp import fused, weights_on_key
+from sinkscope.kernels.logsumexp import own_weights as fused_weights
 
 HALF = 0.5  # the weight with which a query routes to a key (Fesser et al., 2606.08105)
 
@@ -36,39 +39,48 @@ def received(calls, state, live, layout=None, null=True, others=False, events=Fa
     ``"others_null"``, the same without ``i = k``, and how many others see the key, ``"seeing"``
     ``[batch key]``; with ``events`` also what `dominant` gives.
     """
-    windows, columns = [], []
+    windows, columns, told = [], [], []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
         rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
-        count = visible_queries(call, rows)
+        mark, of = (id(live), k_at, k_to), fused(call)
+        count = shared_null(state, call, ("seen", *mark), visible_queries, rows)
         # Which keys are seen by their own token's live query.
         own_row = torch.nn.functional.pad(rows.float(), (count.shape[1] - rows.shape[1], 0))
-        total, own = column_sums(call, rows, others)
+        total, own = column_sums(call, rows, others, of=of)
         seeing, one = count - own_row, {"received": total / count[:, None]}
         columns.append((total, count[:, None]))
+        told.append(of)
         if others:
             one |= {"others": mean(total - own, seeing[:, None]), "seeing": seeing}
         if null:
-            mark = ("received", id(live), others, k_at, k_to)
-            total, own = shared_null(state, call, mark, column_sums, rows, others, True)
+            given = rows, others, True
+            total, own = shared_null(state, call, ("received", others, *mark), column_sums, *given)
             one["null"] = total[:, 0] / count
             if others:
                 one["others_null"] = mean(total[:, 0] - own[:, 0], seeing)
         windows.append(one)
-    joined = {name: torch.cat([one[name] for one in windows], dim=-1) for name in windows[0]}
-    out = {name: unpack(x, layout, x.ndim - 1) for name, x in joined.items()}
-    return {**out, **dominant(calls, columns, live, layout)} if events else out
+    out = windows[0]
+    if len(windows) > 1:
+        out = {name: torch.cat([one[name] for one in windows], dim=-1) for name in out}
+    out = {name: unpack(x, layout, x.ndim - 1) for name, x in out.items()}
+    return {**out, **dominant(calls, columns, live, layout, told[0])} if events else out
 
 
-def dominant(calls, columns, live, layout=None):
+def dominant(calls, columns, live, layout=None, of=None):
     """The key that takes most attention in every head, and what share of its queries route to it.
 
     ``s = argmax_j sum_i A_ij`` over live queries; over those that see ``s``, ``"sink_mass"`` is the mean of
     ``A_is`` and ``"routed"`` the share with ``A_is >= 0.5`` (Fesser et al. 2606.08105); with ``"sink"``
-    all ``[batch head]``. ``columns`` are sums and counts of queries, ``[batch head|1 key]``, by window.
+    all ``[batch head]``. ``columns`` are sums and counts of queries, ``[batch head|1 key]``, by window;
+    ``of`` is what a fused kernel knows of a call that has no other beside it, or None.
     """
     total, count = (unpack(torch.cat(x, dim=-1), layout, 2) for x in zip(*columns, strict=True))
     most, sink = total.nan_to_num(-1.0).max(dim=-1)
     seeing = count.expand_as(total).gather(-1, sink[..., None])[..., 0].clamp(min=1)
+    if of is not None and len(calls) == 1 and layout is None:
+        own = weights_on_key(of, sink)
+        routed = ((own >= HALF) & live[:, None, -own.shape[2] :]).sum(2) / seeing
+        return {"sink": sink, "sink_mass": most / seeing, "routed": routed}
     # In a packed tower every head of every image asks for a column of one sequence.
     at = sink if layout is None else layout.gather(1, sink).flatten()[None]
     routed = torch.zeros(at.shape, device=at.device)
@@ -105,13 +117,24 @@ def mean(total, count):
     return (total / count.clamp(min=1)).clamp(min=0).masked_fill(count == 0, float("nan"))
 
 
-def column_sums(call, rows, others, null=False):
-    """Sums of attention over live queries, ``[batch head key]``, and each token's own share of it."""
+def column_sums(call, rows, others, null=False, of=None):
+    """Sums of attention over live queries, ``[batch head key]``, and each token's own share of it; ``of`` is
+    what a fused kernel knows of the call."""
+    of = fused(call, null) if of is None else of
+    if of is not None:
+        total = fused_sums(of, rows)
+        own = fused_weights(of).masked_fill(~rows[:, None], 0.0) if others else None
+        return total, own if own is None else pad_keys(own, total)
     total = weigh_queries(call, rows[:, None], null=null)[:, :, 0]
     if not others:
         return total, None
     own = own_weights(call, null=null).masked_fill(~rows[:, None], 0.0)
-    return total, torch.nn.functional.pad(own, (total.shape[-1] - own.shape[-1], 0))
+    return total, pad_keys(own, total)
+
+
+def pad_keys(own, total):
+    """Values of the last keys, 0 at those before."""
+    return torch.nn.functional.pad(own, (total.shape[-1] - own.shape[-1], 0))
 
 
 def own_weights(call, null=False):

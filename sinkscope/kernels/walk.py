@@ -182,7 +182,8 @@ def resolve(root, parameters, device, state):
     for name, value in parameters.items():
         mark = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else ""
         if mark == "@module":
-            value = locate(root, value[1])
+            path, value = value[1], locate(root, value[1])
+            state.setdefault("paths", {})[id(value)] = path  # for messages
         elif mark == "@modules":
             value = [locate(root, path) for path in value[1]]
         elif hasattr(value, "device"):

@@ -77,10 +77,11 @@ def answers(projection, rows):
     return (out[:-1] - out[-1]) / times, out[-1]
 
 
-def name_of(module):
+def name_of(module, state):
     """Where a module lies and its class, for messages."""
     kind = module._get_name() if hasattr(module, "_get_name") else type(module).__name__
-    return f"{getattr(module, 'path', '').removeprefix('model.')} ({kind})"
+    path = state.get("paths", {}).get(id(module), getattr(module, "path", ""))
+    return f"{path} ({kind})"
 
 
 def check_same(got, want, size, live, dtype, what):
@@ -122,7 +123,7 @@ def way(calls, state, projection, parts, live, asked=None):
         total = x.flatten(2).float() @ columns
         made["matrix"] = onward(columns, *passed).reshape(heads, width, -1)
     size = total.norm(dim=-1) + bias.norm()
-    what = f"{name_of(projection)} is not a linear map of attention's output"
+    what = f"{name_of(projection, state)} is not a linear map of attention's output"
     check_same(total + bias, wrote, size, live, x.dtype, what)
     total, made["scale"] = wrote.float(), torch.ones_like(size)
     for part, one in zip(parts, passed, strict=True):
@@ -161,8 +162,8 @@ def arrives(states, state, live, attention, projection):
     """Refuse a block that does not add what its heads write, unless edits of it are the reason."""
     total = state.pop("arrived", None)
     if total is not None:
-        what = f"What {name_of(attention)} adds to the stream is not what its heads write through "
-        what, added = what + name_of(projection), state["unedited"]
+        what = f"What {name_of(attention, state)} adds to the stream is not what its heads write through "
+        what, added = what + name_of(projection, state), state["unedited"]
         check_same(total, added, total.norm(dim=-1), live, added.dtype, what)
     return {}
 

@@ -27,7 +27,7 @@ from sinkscope.kernels.walk import (
     read_states,
 )
 from sinkscope.models.requests import Plan
-from sinkscope.models.wrapping import Inputs, held, lent
+from sinkscope.models.wrapping import STATE, Inputs, held, lent, part_at, without_nnsight
 
 Answered = tuple[Any, Tensor]
 """What one pass brought back: answers by slot and site, and logits."""
@@ -77,6 +77,7 @@ class Pass:
         self._state: dict[Any, Any] = {}
         self._out: dict[Any, Any] = {}
         self.made: list[Answered] = []
+        self._begin()
 
     @contextmanager
     def on(self, outputs: Collection[str], grad: bool = False) -> Iterator[None]:
@@ -88,6 +89,9 @@ class Pass:
         paths = {self._at, *near, *attention}
         with ExitStack() as stack:
             parts = stack.enter_context(held(self._root, paths, outputs, grad))
+            # A user's own nnsight runs a copy of a forward, with names of its own.
+            theirs = [part for part in parts.values() if STATE in vars(part)]
+            stack.enter_context(lent((part, without_nnsight(part)) for part in theirs))
             forwards = {path: self._watched(path, parts[path]) for path in {self._at, *near}}
             loans = [(parts[path], {"forward": forward}) for path, forward in forwards.items()]
             stack.enter_context(lent(loans))
@@ -107,8 +111,6 @@ class Pass:
         def forward(*args: Any, **named: Any) -> Any:
             if self._asking:  # a kernel uses a module of the model
                 return body(*args, **named)
-            if path == self._at:
-                self._begin()
             args, named = self._quietly(self.enter, path, args, named)
             out = self._quietly(self.leave, path, body(*args, **named))
             if path == self._at:
@@ -132,6 +134,7 @@ class Pass:
         return attend
 
     def _begin(self) -> None:
+        """Wait for a pass; generate may run the vision tower before it calls the model."""
         number = len(self.made)
         self._waiting = dict(self._plans[min(number, len(self._plans) - 1)])
         self._state = {"step": number, "memory": self._memory, "placed": self._placed}
@@ -144,7 +147,7 @@ class Pass:
             wanted = f"expected {step['path']} to be called, as the anatomy says"
             raise AttentionCallError(f"{got}; {wanted}. Leave out what reads or edits that site.")
         self.made.append((brought(self._out), self._pick(logits)))
-        self._out, self._state = {}, {}
+        self._begin()
 
     def enter(self, path: str, args: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """What a module is given, after the edits of its input."""
@@ -164,29 +167,29 @@ class Pass:
 
     def leave(self, path: str, output: Any) -> Any:
         """What a module gives, after the edits of its output."""
+        if path in self._windows:
+            length, calls = self._windows.pop(path)
+            check_windows(self._waiting[path, "attention"][0], covered_by(calls), length)
         place = Place(output=output)
         for step in self._waiting.pop((path, "output"), ()):
             value = read_states(self._root, place, step, self._state, self._out)
             ask(self._root, step, value, self._state, self._out)
-        if path in self._windows:
-            length, calls = self._windows.pop(path)
-            (step,) = self._waiting.pop((path, "attention"))
-            check_windows(step, sum(query_of(call).shape[2] for call in calls), length)
-            ask(self._root, step, calls, self._state, self._out)
         return place.output
 
     def attend(self, path: str, call: tuple) -> tuple:
-        """The call that a module makes of attention, after its edits."""
-        (step,), span, state = self._waiting[path, "attention"], None, self._state
+        """The call that a module makes of attention, after its edits; asked once all windows are there."""
+        (step,), span = self._waiting[path, "attention"], None
         length, calls = self._windows.get(path, (None, []))
         if length is not None:
-            covered = sum(query_of(one).shape[2] for one in calls)
+            covered = covered_by(calls)
             span = (covered, covered + query_of(call).shape[2])
-        calls.append(edit_call(step, call, span, state, self._out))
-        if length is None:
+        call = edit_call(step, call, span, self._state, self._out)
+        calls.append(call)
+        if span is None or span[1] == length:
             del self._waiting[path, "attention"]
+            self._windows.pop(path, None)
             ask(self._root, step, calls, self._state, self._out)
-        return calls[-1]
+        return call
 
     def _quietly(self, work: Callable[..., Any], *given: Any) -> Any:
         """Call a function; modules of the model that it uses are not watched."""
@@ -200,7 +203,7 @@ class Pass:
 def fits(root: nn.Module, plan: Plan) -> bool:
     """Whether all attention that a plan looks at is looked up in a registry; nnsight finds the rest."""
     paths = {step["path"] for step in plan if step["how"] == "attention"}
-    return all(looks_up(root.get_submodule(path)) for path in paths)
+    return all(looks_up(part_at(root, path)) for path in paths)
 
 
 def run_here(
@@ -222,6 +225,11 @@ def generate_here(
     with made.on(set().union(*map(_outputs, plans))):
         sequences = root.generate(**inputs, **options)
     return made.made, sequences
+
+
+def covered_by(calls: Sequence[tuple]) -> int:
+    """How many tokens some windows cover."""
+    return sum(query_of(call).shape[2] for call in calls)
 
 
 def _per_window(step: dict[str, Any]) -> bool:

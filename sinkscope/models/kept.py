@@ -25,6 +25,7 @@ from sinkscope.models.inputs import Sample, reads_words_only
 from sinkscope.models.patch_map import PatchMaps
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.stand_ins import made_inputs, stand_in
+from sinkscope.models.wrapping import every_part
 
 OFF = "SINKSCOPE_KEEP_ANATOMY"
 """The environment variable that is ``"0"`` where nothing is to be kept."""
@@ -46,9 +47,11 @@ def begin(lvlm: Any) -> None:
 
 def follow(lvlm: Any) -> None:
     """Read the anatomy anew if a part of the model was swapped since, as by LoRA or int8."""
-    parts = names_of_parts(lvlm.module)
-    if parts != lvlm._parts:
-        lvlm._anatomy, lvlm._parts = read_anatomy(lvlm.module), parts
+    if lvlm._parts.same:
+        return
+    before, lvlm._parts = lvlm._parts.names, Parts(lvlm.module)
+    if lvlm._parts.names != before:
+        lvlm._anatomy = read_anatomy(lvlm.module)
         lvlm._maps, lvlm._proofs = PatchMaps(lvlm.module, stand_in), ({}, None)
         begin(lvlm)
 
@@ -179,6 +182,18 @@ def _structure(module: nn.Module) -> Iterator[str]:
         yield repr((path, kind, "forward" in vars(part), hooks, kernel, weights))
 
 
-def names_of_parts(module: nn.Module) -> tuple[tuple[str, type], ...]:
-    """Paths and classes of all parts: they differ once one was swapped, as by LoRA or int8."""
-    return tuple((path, type(part)) for path, part in module.named_modules())
+class Parts:
+    """The parts of a model, their paths and classes, and what each is made of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = tuple((path, type(part)) for path, part in module.named_modules())
+        parts = every_part(module)
+        self._made_of = [(part, type(part), (*part._modules.values(),)) for part in parts]
+
+    @property
+    def same(self) -> bool:
+        """Whether the model still has these very parts."""
+        return all(
+            type(part) is kind and (*part._modules.values(),) == own
+            for part, kind, own in self._made_of
+        )

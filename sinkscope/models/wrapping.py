@@ -47,9 +47,31 @@ def own_of(thing: object, names: Iterable[str]) -> dict[str, Any]:
     return {name: vars(thing).get(name, ABSENT) for name in names}
 
 
+def every_part(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and all parts of it, each once: what ``modules()`` gives, in less time."""
+    seen, waiting = {id(module)}, [module]
+    while waiting:
+        part = waiting.pop()
+        yield part
+        for child in part._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
+
+
+def part_at(module: nn.Module, path: str) -> nn.Module:
+    """The part at a dotted path, "" for the module itself; ModelError if it is not there any more."""
+    here = module
+    for name in path.split(".") if path else ():
+        if (here := here._modules.get(name)) is None:
+            got = f"The model has no {path!r} any more; expected the parts it was loaded with"
+            raise ModelError(f"{got}. Write ss.LVLM(model, processor) anew.")
+    return here
+
+
 def evaluated(module: Any) -> AbstractContextManager[None]:
     """Evaluation mode in every module, one by one: an adapter may train in a model that does not."""
-    return lent([(part, {"training": False}) for part in module.modules() if part.training])
+    return lent([(part, {"training": False}) for part in every_part(module) if part.training])
 
 
 @contextmanager
@@ -106,7 +128,7 @@ class Wrapped:
                 for part in parts.values()
             ]
             if self._model is None or seen != self._seen:
-                with lent([(part, _without_nnsight(part)) for part in parts.values()]):
+                with lent([(part, without_nnsight(part)) for part in parts.values()]):
                     self._model = self._make(self.module)
                     self._loans = {at: (part, own_of(part, NAMES)) for at, part in parts.items()}
                 self._seen = seen
@@ -131,7 +153,7 @@ class Wrapped:
         return vars(self) | {"_model": None, "_seen": [], "_loans": {}}
 
 
-def _without_nnsight(part: nn.Module) -> dict[str, Any]:
+def without_nnsight(part: nn.Module) -> dict[str, Any]:
     """What a module has where nnsight puts its own, without the nnsight of a user's own traces."""
     own = vars(part)
     forward = MethodType(own[STATE].original, part) if STATE in own else own.get("forward", ABSENT)
@@ -147,12 +169,7 @@ def held(
     ``paths`` are the parts that will be looked at; hooks of the user's must not replace one of the
     ``outputs``, which may still grow; ``grad`` keeps the graph. It gives the parts by path.
     """
-    try:
-        parts = {path: module.get_submodule(path) for path in paths}
-    except AttributeError as error:
-        got = f"The model has not all of its parts any more ({error})"
-        write = "Write ss.LVLM(model, processor) anew."
-        raise ModelError(f"{got}; expected those it was loaded with. {write}") from error
+    parts = {path: part_at(module, path) for path in paths}
     with (
         ONE_AT_A_TIME,
         torch.inference_mode(mode=False),

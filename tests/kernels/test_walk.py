@@ -36,10 +36,10 @@ def test_places_in_a_model():
     assert walk.query_of((None, (1,), {"query": 3})) == 3
     nested = walk.detached({"a": {"b": torch.ones(1, requires_grad=True)}})
     assert not nested["a"]["b"].requires_grad
-    # On whatever device it was, what leaves the trace lies on the CPU.
-    far = SimpleNamespace(detach=lambda: SimpleNamespace(cpu=lambda: "here"))
-    assert walk.detached({"a": far}) == {"a": "here"}
-    assert walk.last_logits(far) == "here"
+    # On whatever device it was, what leaves the pass lies on the CPU.
+    far = SimpleNamespace(device=torch.device("mps"), cpu=lambda: "here")
+    assert walk.brought({"a": {"b": far}}) == {"a": {"b": "here"}}
+    assert walk.last_logits(SimpleNamespace(detach=lambda: far)) == "here"
 
 
 def test_parameters_of_kernels():

@@ -271,6 +271,7 @@ def test_a_large_whole_in_fp16_is_compared_in_fp32():
 
 
 def test_names_of_modules():
-    assert writes.name_of(nn.Linear(1, 1)) == " (Linear)"
-    envoy = SimpleNamespace(path="model.layers.0.o_proj", _get_name=lambda: "Linear8bit")
-    assert writes.name_of(envoy) == "layers.0.o_proj (Linear8bit)"
+    assert writes.name_of(nn.Linear(1, 1), {}) == " (Linear)"
+    envoy = SimpleNamespace(_get_name=lambda: "Linear8bit")
+    known = {"paths": {id(envoy): "model.layers.0.o_proj"}}
+    assert writes.name_of(envoy, known) == "model.layers.0.o_proj (Linear8bit)"

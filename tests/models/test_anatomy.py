@@ -220,9 +220,9 @@ def test_a_wrong_label_is_never_half_read(label):
     )
     probe = ss.AttentionMass({"patch": "patch"}, tower="vision")
     with pytest.raises(Exception, match="was requested but the model already ran past it"):
-        lvlm.run(sample, [probe])
+        lvlm.run(sample, [probe], engine="nnsight")
     with pytest.raises(Exception, match="was requested but the model already ran past it"):
-        lvlm.generate(sample, [probe], max_new_tokens=2)
+        lvlm.generate(sample, [probe], max_new_tokens=2, engine="nnsight")
 
 
 def without_interface(tower="vision"):
