@@ -18,6 +18,7 @@ refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +46,8 @@ class Site:
     layer: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(TOWERS, error=ProbeError, tower=self.tower)
+        if self.tower not in TOWERS:
+            check_choice(TOWERS, error=ProbeError, tower=self.tower)
         known = PROJECTOR_SITES if self.tower == "projector" else BLOCK_SITES
         if self.name not in known:
             raise ProbeError(
@@ -64,3 +66,8 @@ class Site:
 
     def __str__(self) -> str:
         return f"{self.tower}.{self.name}({self.layer})"
+
+
+def in_order(sites: Iterable[Site]) -> list[Site]:
+    """Sites in the order of the forward pass; sorting by ``<`` asks for the order twice per comparison."""
+    return sorted(sites, key=lambda site: site.order)

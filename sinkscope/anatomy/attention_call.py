@@ -103,7 +103,12 @@ def calls_attention(module: nn.Module) -> bool:
 
 def globals_of(module: nn.Module) -> dict[str, Any]:
     """The names of the file that a module's ``forward`` is written in."""
-    return inspect.unwrap(type(module).forward).__globals__
+    return _written_in(type(module).forward)
+
+
+@lru_cache(maxsize=256)
+def _written_in(forward: Callable[..., Any]) -> dict[str, Any]:
+    return inspect.unwrap(forward).__globals__
 
 
 def registry_of(module: nn.Module) -> Any:

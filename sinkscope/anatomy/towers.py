@@ -275,7 +275,8 @@ class Anatomy:
     def tower(self, name: str) -> TowerAnatomy:
         """The tower of that name; ProbeError if it is neither ``"vision"`` nor ``"language"``."""
         hint = "Write tower='vision' for a ViT."
-        check_choice(("vision", "language"), tower=name, error=ProbeError, hint=hint)
+        if name != "vision" and name != "language":
+            check_choice(("vision", "language"), tower=name, error=ProbeError, hint=hint)
         found = self.vision if name == "vision" else self.language
         if not found.blocks:
             raise ModelError(

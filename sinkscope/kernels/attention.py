@@ -67,7 +67,13 @@ def attending(call, null):
 def learned_sink(call):
     """Whether a learned sink takes part of the attention."""
     named, rest = arguments(call)
-    return hasattr(named["module"], "sinks") or rest.get("s_aux") is not None
+    return has_sinks(named["module"]) or rest.get("s_aux") is not None
+
+
+def has_sinks(module):
+    """Whether a module has sinks as a parameter, or as a plain attribute."""
+    own = module.__dict__
+    return "sinks" in own or "sinks" in own.get("_parameters", ())
 
 
 def spans(calls):
@@ -90,10 +96,14 @@ def fit_keys(x, n_keys, step=0, fill=0):
 def by_call(calls, groups, state):
     """Every call with its span, and its part of ``groups`` ``[batch key group]``."""
     for call, span in zip(calls, spans(calls), strict=True):
-        if len(calls) > 1:
-            yield call, span, groups[:, slice(*span[2:])]
-        else:
-            yield call, span, fit_keys(groups, span[3], state.get("step", 0))
+        yield call, span, keys_in(groups, span, len(calls) > 1, state)
+
+
+def keys_in(groups, span, windows, state):
+    """The part of ``groups`` ``[batch key group]`` at the keys of a call, which may be one of several windows."""
+    if windows:
+        return groups[:, slice(*span[2:])]
+    return fit_keys(groups, span[3], state.get("step", 0))
 
 
 def one_head(call):
@@ -102,7 +112,7 @@ def one_head(call):
     key, heads = named["key"], named["query"].shape[1]
     extras = [named["attention_mask"], *rest.values()]
     by_head = any(torch.is_tensor(extra) and heads in extra.shape for extra in extras)
-    if by_head or hasattr(named["module"], "sinks"):
+    if by_head or has_sinks(named["module"]):
         return call
     query, value = named["query"][:, : heads // key.shape[1]], named["value"][:, :1]
     return call[0], (), {**named, **rest, "query": query, "key": key[:, :1], "value": value}
@@ -193,13 +203,15 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
     ``groups`` ``[batch key group]`` are one-hot, or any weights; ``rows`` ``[batch row]`` are the queries to
     keep, -1 where absent, or None for all."""
     masses, nulls, few = [], [], None
-    for call, (_, _, k_at, k_to), part in by_call(calls, groups, state):
-        mark, value = ("mass", id(groups), float32, k_at, k_to), arguments(call)[0]["value"]
+    for call, span in zip(calls, spans(calls), strict=True):
+        mark, value = ("mass", id(groups), float32, *span[2:]), arguments(call)[0]["value"]
         key = ("columns", *mark, value.shape, value.dtype)
         if key not in state:
-            state[key] = padded(part, value)
-        few = None if layout is not None else only(call, rows)
-        found = weigh_values(few or call, state[key], float32=float32)
+            part = keys_in(groups, span, len(calls) > 1, state)
+            state[key] = part, padded(part, value)
+        part, columns = state[key]
+        few = only(call, rows) if rows is not None and layout is None else None
+        found = weigh_values(few or call, columns, float32=float32)
         # Its own memory: a view would hold all columns that the kernel was asked for.
         masses.append(found.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
         if null:

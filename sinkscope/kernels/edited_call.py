@@ -95,8 +95,8 @@ def with_change(call, state, gate, change):
 
 
 def located(call, state, span, keys, live, rows, heads, spare_empty):
-    """What `prepared` and `reach` give, ``(keys, live, rows, gate, empty)``, and whether the gate holds
-    everywhere; once per pass for calls whose queries see the same keys."""
+    """What `prepared` and `reach` give, ``(keys, gate, empty)``, whether the gate holds everywhere, and the
+    `counts` of it; once per pass for calls whose queries see the same keys."""
     named, rest = arguments(call)
     mask, shapes = named["attention_mask"], tuple(named[name].shape for name in ("query", "key"))
     sees = (id(mask), rest.get("sliding_window"), is_causal(named, rest), learned_sink(call))
@@ -112,7 +112,8 @@ def located(call, state, span, keys, live, rows, heads, spare_empty):
         fitted = prepared(call, state, span, keys, live, rows)
         gate, empty = reach(call, *fitted, heads, spare_empty)
         # The tensors are kept so that their ids cannot be given to others.
-        state[key] = (*fitted, gate, empty, bool(gate.all())), (keys, live, rows, mask, others)
+        found = fitted[0], gate, empty, bool(gate.all()), counts(gate, fitted[0], empty)
+        state[key] = found, (keys, live, rows, mask, others)
     return state[key][0]
 
 
@@ -154,7 +155,7 @@ def counts(gate, keys, empty):
 
 def totals(gate, mass):
     """Attention ``[batch head query]`` summed over the rows and heads where an edit holds, ``[batch]``."""
-    return torch.where(gate[..., 0], mass.transpose(1, 2), 0.0).sum(dim=(1, 2))
+    return (mass * gate[..., 0].transpose(1, 2)).sum(dim=(1, 2))
 
 
 def effect_of(before, after, gate, keys, empty, measure):

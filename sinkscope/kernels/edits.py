@@ -13,7 +13,6 @@ import torch
 from sinkscope.kernels.attention import arguments, fit_keys, is_causal, learned_sink, weigh_values
 from sinkscope.kernels.edited_call import (
     column,
-    counts,
     effect_of,
     head_mask,
     keys_of_call,
@@ -31,6 +30,7 @@ from sinkscope.kernels.edited_call import (
 
 MASKED = -1.0e4
 WIDEST = 256
+FEW = 2**16  # logits of one head that may as well be written down
 EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 
 
@@ -44,11 +44,10 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     """
     stage = state["stage"]
     masks, measure = stage == "logits" and factor == 0, measure and state.get("measure", True)
-    keys, live, rows, gate, empty, whole = located(
-        call, state, span, keys, live, rows, heads, masks
-    )
+    found = located(call, state, span, keys, live, rows, heads, masks)
+    keys, gate, empty, whole, told = found
     if stage == "logits":
-        return edit_logits(call, state, keys, gate, whole, empty, factor, measure)
+        return edit_logits(call, state, found, factor, measure)
     if torch.is_tensor(factor):
         factor = keys_of_call(factor, span, keys.shape[1], state)
 
@@ -61,27 +60,24 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
         return {**named, "key": scaled.to(named["key"].dtype)}, rest
 
     if stage == "weights":
-        return (
-            with_change(call, state, gate, weigh),
-            weighed_effect(call, gate, keys, empty, lambda mass: factor * mass, measure),
-        )
+        after = with_change(call, state, gate, weigh)
+        return after, told | weighed(call, keys, gate, lambda mass: factor * mass, measure)
     after = with_change(call, state, None if whole else gate, multiply)
     return after, effect_of(call, after, gate, keys, empty, measure)
 
 
-def edit_logits(call, state, keys, gate, whole, empty, factor, measure):
-    """Multiply the weights of ``keys`` by a factor and renormalise: a bias of the logits.
+def edit_logits(call, state, found, factor, measure):
+    """Multiply the weights of keys by a factor and renormalise: a bias of the logits; ``found`` is of `located`.
 
     A mass ``m`` becomes ``s m / (1 + (s - 1) m)``, and the sum of exponentials ``1 + (s - 1) m`` of what it
     was: from that `made_at_once` knows the mass, else it is asked for.
     """
+    keys, gate, _, whole, told = found
     bias = MASKED if factor == 0 else math.log(factor)
     mark = ("bias", id(keys), bias)
     if mark not in state:
-        state[mark] = (
-            bias_keys(torch.zeros(keys.shape, device=keys.device).masked_fill(keys, bias)),
-            keys,
-        )
+        row = torch.zeros(keys.shape, device=keys.device).masked_fill(keys, bias)
+        state[mark] = bias_keys(row, largest=abs(bias), explicit=knows_float32(call)), keys
     change = state[mark][0]
     after = with_change(call, state, None if whole else gate, change)
 
@@ -91,33 +87,48 @@ def edit_logits(call, state, keys, gate, whole, empty, factor, measure):
     # Near 1 the quotient says little about the mass.
     both = made_at_once(call, state, gate, change) if measure and abs(factor - 1) >= 0.1 else None
     if both is None:
-        return after, weighed_effect(call, gate, keys, empty, scaled, measure)
+        return after, told | weighed(call, keys, gate, scaled, measure)
     output, less = both
-    mass = ((-less).exp() - 1).div(factor - 1).clamp(0, 1)
-    told = {"before": totals(gate, mass), "after": totals(gate, scaled(mass))}
-    return knowing(after, output), {**counts(gate, keys, empty), **told}
+    mass = torch.expm1(-less).div_(factor - 1).clamp_(0, 1)
+    return knowing(after, output), told | totals_of(gate, mass, scaled(mass))
 
 
-def weighed_effect(call, gate, keys, empty, scaled, measure):
-    """The effect of an edit that makes of each mass what ``scaled`` says."""
+def weighed(call, keys, gate, scaled, measure):
+    """Attention on the keys before and after an edit that makes of each mass what ``scaled`` says."""
     if not measure:
-        return counts(gate, keys, empty)
+        return {}
     mass = weigh_values(call, keys[..., None])[..., 0].float()
-    told = {"before": totals(gate, mass), "after": totals(gate, scaled(mass))}
-    return {**counts(gate, keys, empty), **told}
+    return totals_of(gate, mass, scaled(mass))
 
 
-def bias_keys(bias):
+def totals_of(gate, before, after):
+    """Attention ``[batch head query]`` before and after, as an effect has it."""
+    return {"before": totals(gate, before), "after": totals(gate, after)}
+
+
+def bias_keys(bias, largest=None, explicit=False):
     """Logits plus ``bias`` ``[batch key]``: a mask if very negative, a factor ``s`` if ``log s``.
 
     The bias rides in extra head dimensions, so the call stays on its fused kernel; a high and a low part
     keep bf16 exact to 16 bits. Under a soft-cap or beyond 256 dimensions it is an explicit mask, rounded to
-    the mask's dtype.
+    the mask's dtype. So it is where few logits are to be biased, if ``explicit`` masks are allowed and lose
+    nothing. ``largest`` is the largest size of the bias.
     """
-    largest = float(bias.abs().max())
+    largest, made = float(bias.abs().max()) if largest is None else largest, {}
 
     def change(named, rest):
-        width, scaling = named["query"].shape[-1], rest.get("scaling")
+        query, mask = named["query"], named["attention_mask"]
+        width, scaling = query.shape[-1], rest.get("scaling")
+        sizes = (query.shape[2], named["key"].shape[2])
+        if (
+            explicit
+            and math.prod(sizes) <= FEW
+            and (query.dtype == torch.float32 or largest == -MASKED)
+        ):
+            key = (id(mask), sizes, query.dtype, rest.get("sliding_window"), is_causal(named, rest))
+            if key not in made:
+                made[key] = masked(named, rest, bias), mask
+            return {**named, "attention_mask": made[key][0]}, rest
         if rest.get("softcap") is not None or width + EXTRA > WIDEST:
             return {**named, "attention_mask": masked(named, rest, bias)}, rest
         scaling = width**-0.5 if scaling is None else scaling

@@ -13,22 +13,23 @@ import torch
 
 from sinkscope.kernels.attention import arguments, attending, is_causal
 
+SMALL = 2**18  # logits that may as well be written down
 EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 PARTS = 3  # of a number in half precision
-UNSEEN = -3.0e4  # a logit that stands for no weight, finite in half precision
+UNSEEN = -3.0e4  # minus a log-sum-exp beside which no weight is left, finite in half precision
 
 
 class Fused:
     """A call whose log-sum-exp a fused kernel gives.
 
     ``query``, ``key`` and ``value`` ``[batch head pos d_head]``, ``mask`` ``[batch|1 head|1 query key]`` in
-    their dtype, or None, ``output`` ``[batch query head d_head]``, and ``lse`` ``[batch head query]`` in fp32.
+    their dtype, or None, ``output`` ``[batch query head d_head]``, and ``lse`` ``[batch head query]`` in fp32; ``exact`` is whether all are in fp32.
     """
 
     def __init__(self, query, key, value, mask, causal, scale):
         self.query, self.key, self.mask, self.causal, self.scale = query, key, mask, causal, scale
         output, self.lse = run_fused(query, key, value, mask, causal, scale)
-        self.output = output.transpose(1, 2)
+        self.output, self.exact = output.transpose(1, 2), query.dtype == torch.float32
 
 
 def fused(call, null=False):
@@ -79,11 +80,18 @@ def run_fused(query, key, value, mask, causal, scale):
 
 def column_sums(of, rows):
     """Sums of attention over the queries in ``rows`` ``[batch query]`` bool, ``[batch head key]`` in fp32."""
-    width, bias = of.query.shape[-1], torch.where(rows[:, None], -of.lse / of.scale, UNSEEN)
+    lse = torch.where(rows[:, None], of.lse, -UNSEEN)
+    if of.exact and of.lse.numel() * of.key.shape[2] <= SMALL:
+        before = later_keys(of) if of.mask is None else of.mask.mT
+        return run_fused(of.key, of.query, of.query, before - lse[:, :, None], False, of.scale)[
+            1
+        ].exp()
+    bias = -lse / of.scale
+    width, parts = of.query.shape[-1], 1 if of.exact else PARTS
     keys = torch.nn.functional.pad(of.key, (0, EXTRA))
-    keys[..., width : width + PARTS] = 1.0
+    keys[..., width : width + parts] = 1.0
     queries = torch.nn.functional.pad(of.query, (0, EXTRA))
-    for at in range(width, width + PARTS):
+    for at in range(width, width + parts):
         queries[..., at] = bias
         bias = bias - queries[..., at]
     mask = None if of.mask is None else of.mask.mT
@@ -92,6 +100,15 @@ def column_sums(of, rows):
     # Values do not matter; torch's kernels want some of the keys' shape.
     found = run_fused(keys, queries, queries, mask, of.causal, of.scale)[1].exp()
     return found.flip(2) if of.causal else found
+
+
+def later_keys(of):
+    """Minus infinity where a query comes before the key, ``[key query]``; 0 where no key is hidden."""
+    if not of.causal:
+        return of.lse.new_zeros(())
+    every = torch.arange(of.key.shape[2], device=of.key.device)
+    empty = torch.zeros(len(every), len(every), dtype=of.key.dtype, device=of.key.device)
+    return empty.masked_fill_(every < every[:, None], float("-inf"))
 
 
 def own_weights(of):

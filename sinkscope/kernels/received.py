@@ -42,28 +42,37 @@ def received(calls, state, live, layout=None, null=True, others=False, events=Fa
     windows, columns, told = [], [], []
     for call, (q_at, q_to, k_at, k_to) in zip(calls, spans(calls), strict=True):
         rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
-        mark, of = (id(live), k_at, k_to), fused(call)
-        count = shared_null(state, call, ("seen", *mark), visible_queries, rows)
-        # Which keys are seen by their own token's live query.
-        own_row = torch.nn.functional.pad(rows.float(), (count.shape[1] - rows.shape[1], 0))
+        of, mark = fused(call), ("received", id(live), others, null, k_at, k_to)
+        flat = shared_null(state, call, mark, under_uniform, rows, others, null)
         total, own = column_sums(call, rows, others, of=of)
-        seeing, one = count - own_row, {"received": total / count[:, None]}
-        columns.append((total, count[:, None]))
+        one = {"received": total / flat["count"][:, None]}
+        columns.append((total, flat["count"][:, None]))
         told.append(of)
         if others:
-            one |= {"others": mean(total - own, seeing[:, None]), "seeing": seeing}
-        if null:
-            given = rows, others, True
-            total, own = shared_null(state, call, ("received", others, *mark), column_sums, *given)
-            one["null"] = total[:, 0] / count
-            if others:
-                one["others_null"] = mean(total[:, 0] - own[:, 0], seeing)
+            one["others"] = mean(total - own, flat["seeing"][:, None])
+        one |= {name: value for name, value in flat.items() if name != "count"}
         windows.append(one)
     out = windows[0]
     if len(windows) > 1:
         out = {name: torch.cat([one[name] for one in windows], dim=-1) for name in out}
     out = {name: unpack(x, layout, x.ndim - 1) for name, x in out.items()}
     return {**out, **dominant(calls, columns, live, layout, told[0])} if events else out
+
+
+def under_uniform(call, rows, others, null):
+    """What calls share whose queries see the same keys: how many see each key, and the nulls of `received`."""
+    count = visible_queries(call, rows)
+    found = {"count": count}
+    if others:
+        # Which keys are seen by their own token's live query.
+        own_row = torch.nn.functional.pad(rows.float(), (count.shape[1] - rows.shape[1], 0))
+        found["seeing"] = count - own_row
+    if null:
+        total, own = column_sums(call, rows, others, True)
+        found["null"] = total[:, 0] / count
+        if others:
+            found["others_null"] = mean(total[:, 0] - own[:, 0], found["seeing"])
+    return found
 
 
 def dominant(calls, columns, live, layout=None, of=None):

@@ -30,12 +30,19 @@ def mean_over(x, mask):
 def massive(states, state, live, k=4, layout=None):
     """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
     ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``, of live tokens."""
-    h, medians = rows_of(states, layout).float(), []
-    top = h.abs().topk(min(k, h.shape[-1])).indices
-    for row, alive in zip(h, live_at(live, h), strict=True):
-        mine = row[alive].abs()
-        medians.append(mine.median() if mine.numel() else h.new_tensor(float("nan")))
-    return {"values": h.gather(-1, top), "channels": top, "median": torch.stack(medians)}
+    h, every = rows_of(states, layout).float(), ("every", id(live))
+    size, mine = h.abs(), live_at(live, h)
+    if every not in state:
+        state[every] = bool(live.all()), live
+    if state[every][0]:
+        medians = size.flatten(1).median(dim=1).values
+    else:
+        few = [row[alive] for row, alive in zip(size, mine, strict=True)]
+        medians = torch.stack(
+            [x.median() if x.numel() else x.new_tensor(float("nan")) for x in few]
+        )
+    top = size.topk(min(k, h.shape[-1])).indices
+    return {"values": h.gather(-1, top), "channels": top, "median": medians}
 
 
 def norms(states, state, layout=None):

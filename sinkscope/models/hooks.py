@@ -8,7 +8,7 @@ module looks up through `Pass.attend`. Both ways read the same plan and give the
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from sinkscope.kernels.walk import (
     read_states,
 )
 from sinkscope.models.requests import Plan
-from sinkscope.models.wrapping import STATE, Inputs, held, lent, part_at, without_nnsight
+from sinkscope.models.wrapping import STATE, Inputs, Wrapped, held, lent, part_at, without_nnsight
 
 Answered = tuple[Any, Tensor]
 """What one pass brought back: answers by slot and site, and logits."""
@@ -65,9 +65,9 @@ class Pass:
     """
 
     def __init__(
-        self, root: nn.Module, plans: Sequence[Plan], at: str, pick: Callable[[Tensor], Tensor]
+        self, model: Wrapped, plans: Sequence[Plan], at: str, pick: Callable[[Tensor], Tensor]
     ) -> None:
-        self._root, self._at, self._pick = root, at, pick
+        self._root, self._known, self._at, self._pick = model.module, model.parts, at, pick
         self._plans = [_by_place(plan) for plan in plans]
         self._asking = False
         self._memory: dict[Any, Any] = {}
@@ -88,7 +88,7 @@ class Pass:
         near = {step["path"] for step in steps if step["how"] != "attention" or _per_window(step)}
         paths = {self._at, *near, *attention}
         with ExitStack() as stack:
-            parts = stack.enter_context(held(self._root, paths, outputs, grad))
+            parts = stack.enter_context(held(self._root, paths, outputs, grad, self._known))
             # A user's own nnsight runs a copy of a forward, with names of its own.
             theirs = [part for part in parts.values() if STATE in vars(part)]
             stack.enter_context(lent((part, without_nnsight(part)) for part in theirs))
@@ -207,23 +207,23 @@ def fits(root: nn.Module, plan: Plan) -> bool:
 
 
 def run_here(
-    root: nn.Module, inputs: Inputs, plan: Plan, last: Tensor | None, grad: bool
+    model: Wrapped, inputs: Inputs, plan: Plan, last: Tensor | None, grad: bool
 ) -> Answered:
     """Run one forward pass; see `sinkscope.models.runs.run_plan`."""
-    one = Pass(root, [plan], "", lambda logits: last_logits(logits, last, grad))
+    one = Pass(model, [plan], "", lambda logits: last_logits(logits, last, grad))
     with one.on(_outputs(plan), grad):
-        root(**inputs)
+        model.module(**inputs)
     return one.made[0]
 
 
 def generate_here(
-    root: Any, inputs: Inputs, plans: Sequence[Plan], options: Inputs, at: str
+    model: Wrapped, inputs: Inputs, plans: Sequence[Plan], options: Inputs, at: str
 ) -> tuple[list[Answered], Tensor]:
     """All passes of a generation, and its sequences; see `sinkscope.models.runs.generate_plan`."""
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
-    made = Pass(root, plans, at, lambda logits: last_logits(logits, newest))
+    made = Pass(model, plans, at, lambda logits: last_logits(logits, newest))
     with made.on(set().union(*map(_outputs, plans))):
-        sequences = root.generate(**inputs, **options)
+        sequences = cast("Any", model.module).generate(**inputs, **options)
     return made.made, sequences
 
 

@@ -25,7 +25,7 @@ from sinkscope.models.inputs import Sample, reads_words_only
 from sinkscope.models.patch_map import PatchMaps
 from sinkscope.models.proofs import verify_anatomy
 from sinkscope.models.stand_ins import made_inputs, stand_in
-from sinkscope.models.wrapping import every_part
+from sinkscope.models.wrapping import Parts
 
 OFF = "SINKSCOPE_KEEP_ANATOMY"
 """The environment variable that is ``"0"`` where nothing is to be kept."""
@@ -47,10 +47,11 @@ def begin(lvlm: Any) -> None:
 
 def follow(lvlm: Any) -> None:
     """Read the anatomy anew if a part of the model was swapped since, as by LoRA or int8."""
-    if lvlm._parts.same:
+    here = lvlm._places.here
+    if here.parts.same:
         return
-    before, lvlm._parts = lvlm._parts.names, Parts(lvlm.module)
-    if lvlm._parts.names != before:
+    before, here.parts = here.parts.names, Parts(lvlm.module)
+    if here.parts.names != before:
         lvlm._anatomy = read_anatomy(lvlm.module)
         lvlm._maps, lvlm._proofs = PatchMaps(lvlm.module, stand_in), ({}, None)
         begin(lvlm)
@@ -180,20 +181,3 @@ def _structure(module: nn.Module) -> Iterator[str]:
         kernel = getattr(getattr(part, "config", None), "_attn_implementation", None)
         kind = f"{type(part).__module__}.{type(part).__qualname__}"
         yield repr((path, kind, "forward" in vars(part), hooks, kernel, weights))
-
-
-class Parts:
-    """The parts of a model, their paths and classes, and what each is made of."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.names = tuple((path, type(part)) for path, part in module.named_modules())
-        parts = every_part(module)
-        self._made_of = [(part, type(part), (*part._modules.values(),)) for part in parts]
-
-    @property
-    def same(self) -> bool:
-        """Whether the model still has these very parts."""
-        return all(
-            type(part) is kind and (*part._modules.values(),) == own
-            for part, kind, own in self._made_of
-        )

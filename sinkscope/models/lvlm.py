@@ -71,7 +71,6 @@ class LVLM:
         self.verified = False
         self._proofs: tuple[Any, Any] = ({}, None)
         self._verify = verify
-        self._parts = kept.Parts(module)
         self._open = OpenTrace(self._places.here, self._anatomy)
         self._maps = PatchMaps(module, stand_in)
         self._asked = self._unproven = False

@@ -16,7 +16,7 @@ from sinkscope.interventions.application import check_beside, check_intervention
 from sinkscope.kernels.edited_call import STAGES
 from sinkscope.models.inputs import Sample, layout_of
 from sinkscope.protocols import Edit, Intervention, Probe, as_list
-from sinkscope.sites import Site
+from sinkscope.sites import Site, in_order
 
 # A decode step has one query per row and the keys of its own row. What breaks that is refused.
 ONE_QUERY_PER_ROW: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -69,7 +69,7 @@ def plan_of(
         question = (slot, one.kernel, dict(one.parameters))
         step["edits" if isinstance(one, Edit) else "reads"].append(question)
         step["stages"] += [one.stage] if isinstance(one, Edit) else []
-    plan = [step_at(context.anatomy, site, **steps[site]) for site in sorted(steps)]
+    plan = [step_at(context.anatomy, site, **steps[site]) for site in in_order(steps)]
     moved = {getattr(it, "changes_positions_of", None) for it in interventions}
     for step in plan:
         tower = step["tower"]

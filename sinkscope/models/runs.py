@@ -161,9 +161,9 @@ def run_plan(
     ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
     is False to run here, else nnsight's ``remote``; ``grad`` keeps the graph of the logits.
     """
-    if engine == "hooks":
+    if engine == "hooks" and isinstance(model, Wrapped):
         with explained(moved=moved_by(plan)):
-            answers, logits = hooks.run_here(model.module, inputs, plan, last, grad)
+            answers, logits = hooks.run_here(model, inputs, plan, last, grad)
         return sited(answers), logits
     save, go, pick = nnsight.save, walk, last_logits  # a block that travels takes locals along
     answers: Any = None
@@ -195,9 +195,9 @@ def generate_plan(
     part ``at`` a path that `generator_of` gives."""
     # With some caches generate compiles the model of itself, and what is compiled has no sites.
     given: dict[str, Any] = {**options, "disable_compile": True}
-    if engine == "hooks":
+    if engine == "hooks" and isinstance(model, Wrapped):
         with explained(moved=any(map(moved_by, plans))):
-            steps, sequences = hooks.generate_here(model.module, inputs, plans, given, at)
+            steps, sequences = hooks.generate_here(model, inputs, plans, given, at)
     else:
         steps, sequences = generate_traced(model, inputs, plans, given, where, at)
     prompt, sequences = inputs["input_ids"].cpu(), sequences.detach().cpu()

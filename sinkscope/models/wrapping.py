@@ -47,16 +47,21 @@ def own_of(thing: object, names: Iterable[str]) -> dict[str, Any]:
     return {name: vars(thing).get(name, ABSENT) for name in names}
 
 
-def every_part(module: nn.Module) -> Iterator[nn.Module]:
-    """The module and all parts of it, each once: what ``modules()`` gives, in less time."""
-    seen, waiting = {id(module)}, [module]
-    while waiting:
-        part = waiting.pop()
-        yield part
-        for child in part._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                waiting.append(child)
+class Parts:
+    """The parts of a model, their paths and classes, and what each is made of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = tuple((path, type(part)) for path, part in module.named_modules())
+        self.all = list(module.modules())
+        self._made_of = [(part, type(part), (*part._modules.values(),)) for part in self.all]
+
+    @property
+    def same(self) -> bool:
+        """Whether the model still has these very parts."""
+        return all(
+            type(part) is kind and (*part._modules.values(),) == own
+            for part, kind, own in self._made_of
+        )
 
 
 def part_at(module: nn.Module, path: str) -> nn.Module:
@@ -69,14 +74,16 @@ def part_at(module: nn.Module, path: str) -> nn.Module:
     return here
 
 
-def evaluated(module: Any) -> AbstractContextManager[None]:
+def evaluated(module: Any, parts: Parts | None = None) -> AbstractContextManager[None]:
     """Evaluation mode in every module, one by one: an adapter may train in a model that does not."""
-    return lent([(part, {"training": False}) for part in every_part(module) if part.training])
+    every = module.modules() if parts is None else parts.all
+    return lent([(part, {"training": False}) for part in every if part.training])
 
 
 @contextmanager
-def undisturbed(module: Any) -> Iterator[None]:
-    """Run passes of a whole model in evaluation mode that leave a user's own alone.
+def undisturbed(module: Any, parts: Parts | None = None) -> Iterator[None]:
+    """Run passes of a whole model, of which the ``parts`` may be known, in evaluation mode that leave a
+    user's own alone.
 
     A part that ``torch.compile`` made has no sites, so it runs as it was written. Qwen keeps
     ``rope_deltas`` of its last prompt for the decode steps that follow; they stay the user's.
@@ -84,7 +91,7 @@ def undisturbed(module: Any) -> Iterator[None]:
     name = "rope_deltas"
     kept = [part for part in (module, module.base_model) if name in vars(part)]
     with (
-        evaluated(module),
+        evaluated(module, parts),
         torch.compiler.set_stance("force_eager"),
         lent([(part, {name: vars(part)[name]}) for part in kept]),
     ):
@@ -113,7 +120,7 @@ class Wrapped:
     """
 
     def __init__(self, module: nn.Module, make: Callable[[nn.Module], Any] = LocalModel) -> None:
-        self.module, self._make = module, make
+        self.module, self._make, self.parts = module, make, Parts(module)
         self._model: Any = None
         self._seen: list[tuple[nn.Module, Any, Any, dict[str, nn.Module | None]]] = []
         self._loans: dict[str, Loan] = {}
@@ -162,7 +169,11 @@ def without_nnsight(part: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def held(
-    module: nn.Module, paths: Collection[str], outputs: Collection[str], grad: bool
+    module: nn.Module,
+    paths: Collection[str],
+    outputs: Collection[str],
+    grad: bool,
+    known: Parts | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Hold a model for one pass, never in inference mode, which has no gradient.
 
@@ -174,7 +185,7 @@ def held(
         ONE_AT_A_TIME,
         torch.inference_mode(mode=False),
         torch.set_grad_enabled(grad),
-        undisturbed(module),
+        undisturbed(module, known),
         looking_only(parts, outputs),
     ):
         yield parts
@@ -206,8 +217,6 @@ def looking_only(parts: Mapping[str, Any], outputs: Collection[str]) -> Iterator
 
 class ByName:
     """A module that nnsight made itself, without weights: remote runs may overlap."""
-
-    module: Any = None
 
     def __init__(self, model: nnsight.TransformersModel) -> None:
         self.model = model

@@ -140,7 +140,7 @@ class AttentionProbe(LayerProbe, needs="attention"):
         tower = context.tower(self.tower)
         if self.layers is None and not tower.attending:
             tower.call(0)
-        return tower.layers(tower.attending if self.layers is None else self.layers)
+        return tower.attending if self.layers is None else tower.layers(self.layers)
 
     def _refuse_flash(self, context: Context, what: str = "") -> None:
         """Refuse a flash kernel for what needs attention in fp32."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sinkscope.checks import is_whole, typed
 from sinkscope.errors import LayerError
 from sinkscope.results.saving import Record, find, load, load_run, names_of, same, write
-from sinkscope.sites import Site
+from sinkscope.sites import Site, in_order
 
 __all__ = ["Record", "Result", "find", "load", "load_run", "mask_padding", "names_of", "same"]
 __all__ += ["stack_layers", "tidy"]
@@ -161,15 +161,14 @@ def stack_layers(
 ) -> Tensor:
     """Per-site answers, or one ``part`` of each, as one tensor ``[batch layer ...]`` in forward order.
     ``axis`` is that of keys, counted from the end, and ``keys`` how many there are, if any."""
-    values = [answers[site] if part is None else answers[site][part] for site in sorted(answers)]
+    sites = in_order(answers)
+    values = [answers[site] if part is None else answers[site][part] for site in sites]
     longest = max(keys, *(value.shape[axis] for value in values))
     after = (0, 0) * (-1 - axis)
     for i, value in enumerate(values):
         if more := longest - value.shape[axis]:  # a sliding cache holds the last keys only
             values[i] = nn.functional.pad(value, (*after, more, 0), value=float("nan"))
-    shapes = {
-        tuple(value.shape): site.layer for site, value in zip(sorted(answers), values, strict=True)
-    }
+    shapes = {tuple(value.shape): site.layer for site, value in zip(sites, values, strict=True)}
     if len(shapes) > 1:
         got = f"Got layers that give tensors of different shapes, {[*shapes]}; expected one shape to stack"
         raise LayerError(
