@@ -27,7 +27,7 @@ from sinkscope.kernels.attention import (
     weigh_values,
     weights_on,
 )
-from sinkscope.kernels.logsumexp import fused
+from sinkscope.kernels.logsumexp import fused, kernel_for
 
 TAKES = {"keys": "named, rest", "logits": "named, rest"}
 TAKES |= {"weights": "ask, value, output", "values": "value"}  # what the change of a stage takes
@@ -117,23 +117,29 @@ def located(call, state, span, keys, live, rows, heads, spare_empty):
     return state[key][0]
 
 
-def made_at_once(call, state, gate, change):
+def made_at_once(call, state, gate, whole, change):
     """Make a call plain and with a change of keys or logits, where a fused kernel gives both log-sum-exps.
 
-    ``(output, less)``: what the edited function gives, joined by the ``gate``, and ``[batch head query]``, by
-    how much the log-sum-exp of the logits fell; None where no kernel gives it, or a graph is kept. The first
-    plain output of a pass is compared with the model's own, bit for bit.
+    ``(output, less)``: what the edited function gives, joined by the ``gate`` unless it holds everywhere, and
+    ``[batch head query]``, by how much the log-sum-exp of the logits fell; None where no kernel gives it, or a
+    graph is kept. The first plain output of a pass is compared with the model's own, bit for bit.
     """
-    if hasattr(call[0], "recipe") or torch.is_grad_enabled() or (plain := fused(call)) is None:
+    if hasattr(call[0], "recipe") or torch.is_grad_enabled() or not state.get("fused", True):
+        return None
+    named, rest = arguments(call)
+    new, rest = change(named, rest)
+    if not kernel_for(new["query"], new["attention_mask"]) or (plain := fused(call)) is None:
         return None
     if "fused" not in state:
         state["fused"] = torch.equal(plain.output, ask(call))
-    named, rest = change(*arguments(call))
-    other = fused((call[0], (), {**named, **rest})) if state["fused"] else None
+    if not state["fused"]:
+        return None
+    same = new["query"] is named["query"]  # the change is a mask
+    other = plain.under(new["attention_mask"]) if same else fused((call[0], (), {**new, **rest}))
     if other is None:
         return None
-    output = torch.where(gate, other.output[..., : plain.output.shape[-1]], plain.output)
-    return output, plain.lse - other.lse
+    output = other.output[..., : plain.output.shape[-1]]
+    return output if whole else torch.where(gate, output, plain.output), plain.lse - other.lse
 
 
 def knowing(call, output):
@@ -154,8 +160,8 @@ def counts(gate, keys, empty):
 
 
 def totals(gate, mass):
-    """Attention ``[batch head query]`` summed over the rows and heads where an edit holds, ``[batch]``."""
-    return (mass * gate[..., 0].transpose(1, 2)).sum(dim=(1, 2))
+    """Attention ``[... batch head query]`` summed over the rows and heads where an edit holds, ``[... batch]``."""
+    return (mass * gate[..., 0].transpose(1, 2)).sum(dim=(-2, -1))
 
 
 def effect_of(before, after, gate, keys, empty, measure):

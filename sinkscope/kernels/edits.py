@@ -47,7 +47,7 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     found = located(call, state, span, keys, live, rows, heads, masks)
     keys, gate, empty, whole, told = found
     if stage == "logits":
-        return edit_logits(call, state, found, factor, measure)
+        return edit_logits(call, state, span, found, factor, measure)
     if torch.is_tensor(factor):
         factor = keys_of_call(factor, span, keys.shape[1], state)
 
@@ -66,7 +66,7 @@ def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, meas
     return after, effect_of(call, after, gate, keys, empty, measure)
 
 
-def edit_logits(call, state, found, factor, measure):
+def edit_logits(call, state, span, found, factor, measure):
     """Multiply the weights of keys by a factor and renormalise: a bias of the logits; ``found`` is of `located`.
 
     A mass ``m`` becomes ``s m / (1 + (s - 1) m)``, and the sum of exponentials ``1 + (s - 1) m`` of what it
@@ -85,12 +85,36 @@ def edit_logits(call, state, found, factor, measure):
         return factor * mass / (1 + (factor - 1) * mass).clamp(min=1e-30)
 
     # Near 1 the quotient says little about the mass.
-    both = made_at_once(call, state, gate, change) if measure and abs(factor - 1) >= 0.1 else None
+    fast = measure and abs(factor - 1) >= 0.1
+    both = made_at_once(call, state, gate, whole, change) if fast else None
     if both is None:
         return after, told | weighed(call, keys, gate, scaled, measure)
     output, less = both
+    if span is None:  # the sums over rows and heads wait for those of other layers
+        state.setdefault("late", {})[id(less)] = (gate, factor)
+        return knowing(after, output), told | {"less": less}
+    return knowing(after, output), told | totals_of(gate, *masses(less, factor))
+
+
+def masses(less, factor):
+    """Attention before and after a factor that made the log-sum-exp of the logits so much ``less``."""
     mass = torch.expm1(-less).div_(factor - 1).clamp_(0, 1)
-    return knowing(after, output), told | totals_of(gate, mass, scaled(mass))
+    return mass, factor * mass / (1 + (factor - 1) * mass).clamp(min=1e-30)
+
+
+def settle(out, state):
+    """Put attention before and after into the effects that wait for it, of all layers at once."""
+    waiting, late = {}, state.pop("late", {})
+    for found in (out[slot] for slot in out if isinstance(slot, tuple)) if late else ():
+        for effect in (effect for effect in found.values() if "less" in effect):
+            gate, factor = late[id(effect["less"])]
+            waiting.setdefault((id(gate), factor, effect["less"].device), []).append(effect)
+    for effects in waiting.values():
+        gate, factor = late[id(effects[0]["less"])]
+        less = torch.stack([effect.pop("less") for effect in effects])
+        told = totals_of(gate, *masses(less, factor))
+        for at, effect in enumerate(effects):
+            effect |= {name: total[at] for name, total in told.items()}
 
 
 def weighed(call, keys, gate, scaled, measure):

@@ -27,9 +27,14 @@ class Fused:
     """
 
     def __init__(self, query, key, value, mask, causal, scale):
-        self.query, self.key, self.mask, self.causal, self.scale = query, key, mask, causal, scale
+        self.query, self.key, self.value, self.mask = query, key, value, mask
+        self.causal, self.scale = causal, scale
         output, self.lse = run_fused(query, key, value, mask, causal, scale)
         self.output, self.exact = output.transpose(1, 2), query.dtype == torch.float32
+
+    def under(self, mask):
+        """The same with a mask of its dtype."""
+        return Fused(self.query, self.key, self.value, mask, False, self.scale)
 
 
 def fused(call, null=False):
@@ -41,7 +46,7 @@ def fused(call, null=False):
     mask, causal = named["attention_mask"], is_causal(named, rest) and query.shape[2] > 1
     ours = getattr(call[0], "__name__", "") == "sdpa_attention_forward"
     # That function takes these; it ignores what else models hand on.
-    plain = not any(rest.get(name) for name in ("dropout", "softcap", "cache"))
+    plain = not (rest.get("dropout") or rest.get("softcap") or rest.get("cache"))
     plain = plain and rest.get("position_bias") is None
     square = mask is not None or not causal or query.shape[2] == key.shape[2]
     same = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[-1] % EXTRA == 0

@@ -16,6 +16,8 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 
 import torch
 
+from sinkscope.kernels.edits import settle
+
 
 def locate(root, path):
     """The module or envoy at a dotted path, "" for the root, or the number or parameter; digits index lists."""
@@ -187,7 +189,7 @@ def resolve(root, parameters, device, state):
         elif mark == "@modules":
             value = [locate(root, path) for path in value[1]]
         elif hasattr(value, "device"):
-            key = (id(value), str(device))
+            key = (id(value), device)
             if key not in placed:
                 placed[key] = value.to(device)
             value = placed[key]
@@ -199,7 +201,7 @@ def detached(value):
     """The same nested value with every tensor cut from the graph."""
     if isinstance(value, dict):
         return {key: detached(part) for key, part in value.items()}
-    return value.detach()
+    return value.detach() if value.requires_grad else value
 
 
 HELD = 2**28  # bytes of answers that may wait on a device for the end of the pass
@@ -252,6 +254,7 @@ def walk(root, tracer, plan, number=0, memory=None):
     for step in plan:
         value = read_site(root, tracer, step, state, out)
         ask(root, step, value, state, out)
+    settle(out, state)
     return brought(out)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.attention_call import REGISTRY, globals_of, looks_up
 from sinkscope.errors import AttentionCallError
+from sinkscope.kernels.edits import settle
 from sinkscope.kernels.walk import (
     Place,
     ask,
@@ -146,6 +147,7 @@ class Pass:
             got = f"The forward pass ended without {step['tower']}.{step['name']}({step['layer']})"
             wanted = f"expected {step['path']} to be called, as the anatomy says"
             raise AttentionCallError(f"{got}; {wanted}. Leave out what reads or edits that site.")
+        settle(self._out, self._state)
         self.made.append((brought(self._out), self._pick(logits)))
         self._begin()
 
