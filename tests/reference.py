@@ -102,7 +102,7 @@ def packed_weights(attn: nn.Module, args, kwargs):
     q, k = apply_rotary_pos_emb_vision(q, k, *kwargs["position_embeddings"])
     scores = torch.einsum("qhd,khd->hqk", q, k) * attn.scaling
     bounds = kwargs["cu_seqlens"].tolist()
-    mask = torch.full((n, n), float("-inf"))
+    mask = torch.full((n, n), float("-inf"), device=scores.device)
     for start, stop in itertools.pairwise(bounds):
         mask[start:stop, start:stop] = 0.0
     return (scores + mask).softmax(-1)

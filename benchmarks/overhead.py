@@ -1,0 +1,176 @@
+"""What watching costs in Python: a deep decoder so small that nothing but Python takes time.
+
+On a GPU a short pass waits for Python, which starts kernels one by one. A decoder of 32 layers and 32
+channels shows the same on one core of a CPU. Every round runs all lines once, in random order; ratios of
+CPU seconds to the plain pass of ``transformers`` are formed within the round.
+
+    python -m benchmarks.overhead
+    python -m benchmarks.overhead --profile            # also where the time of one pass goes
+    python -m benchmarks.overhead --rounds 3 --no-write
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import datetime
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+import sinkscope as ss
+from benchmarks.probe_overhead import load, machine
+from benchmarks.timing import Line, table, time_rounds, verdict, write
+from benchmarks.watched import Shape, answers, passes, twin
+
+SHAPE = Shape(32, 32, 2, 64, 128, 2, 32, 2, 28)
+NEW_TOKENS = 16
+GROUPS = {"image": "image", "text": "text"}
+AIMS = {
+    "AttentionMass, all queries": 1.3,
+    "ReceivedAttention": 1.5,
+    "MassiveActivations": 1.3,
+    "MaskKeys in all layers": 1.5,
+    "trace_sinks, rules given": 2.5,
+    "AttentionMass at every step": 1.4,
+    "MaskKeys at every step": 1.6,
+}
+PROFILED = ("plain", "AttentionMass, all queries", "MaskKeys in all layers")
+OUT = Path(__file__).parent / "results" / "overhead.json"
+OURS = Path(ss.__file__).parent
+PARTS = {  # how a function's file names whose time it is; the first that fits
+    "our kernels": str(OURS / "kernels"),
+    "our other Python": str(OURS),
+    "nnsight": f"{os.sep}nnsight{os.sep}",
+    "transformers": f"{os.sep}transformers{os.sep}",
+    "torch": f"{os.sep}torch{os.sep}",
+}
+
+
+def blocks() -> dict[str, list[Line]]:
+    """One pass, and a short answer; the plain twin is never seen by sinkscope."""
+    module = SHAPE.build("cpu", torch.float32)
+    plain, lvlm = twin(module, "sdpa"), ss.LVLM(module)
+    inputs = SHAPE.inputs(21, 1, plain)
+    sample = lvlm.prepare(inputs=inputs)
+    rules = ss.detectors.Norm(100.0), ss.detectors.Massive()
+    short: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    one = {"plain": partial(plain, **inputs), **passes(lvlm, sample, GROUPS, "image")}
+    one["trace_sinks, rules given"] = partial(ss.trace_sinks, lvlm, sample, *rules)
+    many = {"plain": partial(plain.generate, **inputs, **short)}
+    many |= answers(lvlm, sample, GROUPS, "image", **short)
+    return {
+        name: [Line(label, step, AIMS.get(label)) for label, step in steps.items()]
+        for name, steps in (("one pass", one), ("decoding", many))
+    }
+
+
+def measure(run: Callable[[], object]) -> tuple[float, int]:
+    """Seconds that the processor spent."""
+    start = time.process_time()
+    with torch.no_grad():
+        answer = run()
+    seconds = time.process_time() - start
+    del answer
+    return seconds, 0
+
+
+def time_by_part(run: Callable[[], object], passes: int = 5) -> dict[str, float]:
+    """Milliseconds of one pass under cProfile, by whose code calls; a built-in counts for its caller."""
+    measure(run)
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(passes):
+        measure(run)
+    profile.disable()
+    spent = dict.fromkeys([*PARTS, "other"], 0.0)
+
+    def add(file: str, seconds: float) -> None:
+        part = next((name for name, words in PARTS.items() if words in file), "other")
+        spent[part] += seconds * 1e3 / passes
+
+    for entry in profile.getstats():
+        if isinstance(entry.code, str):  # a built-in, such as an operation of torch
+            continue
+        add(entry.code.co_filename, entry.inlinetime)
+        for called in entry.calls or ():
+            if isinstance(called.code, str):
+                add(entry.code.co_filename, called.inlinetime)
+    return spent
+
+
+def profile_lines(profiles: dict[str, dict[str, float]]) -> list[str]:
+    """Each part of a probed pass, what it takes beyond the plain pass, and as a share of the whole."""
+    plain, out = profiles["plain"], []
+    for label, parts in profiles.items():
+        if label != "plain":
+            whole = sum(parts.values())
+            out += ["", f"| {label} | one pass | plain | more | share of the pass |"]
+            out += ["|---|---:|---:|---:|---:|"]
+            for name, spent in {**parts, "all": whole}.items():
+                before = plain[name] if name in plain else sum(plain.values())
+                cells = [f"{spent:.1f} ms", f"{before:.1f} ms", f"{spent - before:.1f} ms"]
+                out.append(f"| {name} | {' | '.join(cells)} | {(spent - before) / whole:.0%} |")
+    return out
+
+
+def text_of(report: dict[str, Any]) -> str:
+    m = report["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in m["versions"].items() if v)
+    out = [
+        f"{report['date']}; {m['cpu']}, one thread, CPU seconds, load {m['load before timing']} before timing; "
+        f"{versions}. A decoder of {SHAPE.layers} layers of {SHAPE.width} channels, 21 tokens; decoding makes {NEW_TOKENS} tokens."
+    ]
+    for rows in report["rows"].values():
+        out += ["", *table(rows, memory=False, unit="CPU time")]
+    out += ["", report["verdict"]]
+    if "profiles" in report:
+        out += ["", "Where the time of one pass goes, under `cProfile`, which makes Python slower:"]
+        out += profile_lines(report["profiles"])
+    return "\n".join([*out, ""])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rounds", type=int, default=31, help="rounds of one pass; a quarter of them for decoding")
+    add("--profile", action="store_true", help="also say where the time of one pass goes")
+    add("--out", type=Path, default=OUT, help="the JSON file; the table lies beside it")
+    add("--no-write", action="store_true", help="print only")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
+    facts: dict[str, Any] = machine() | {"load before timing": load()}
+    facts["versions"] = {"sinkscope": ss.__version__, **facts["versions"]}
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    }
+    report |= {"machine": facts, "clock": "CPU seconds", "rows": {}}
+    made, until = blocks(), time.monotonic() + 600
+    for name, lines in made.items():
+        rounds = options.rounds if name == "one pass" else max(3, options.rounds // 4)
+        report["rows"][name] = time_rounds(lines, rounds, measure, until, warm=True, strict=True)
+    if options.profile:
+        steps = {line.label: line.run for line in made["one pass"]}
+        report["profiles"] = {label: time_by_part(steps[label]) for label in PROFILED}
+    report["verdict"] = verdict([row for rows in report["rows"].values() for row in rows])
+    print(text_of(report))
+    if not options.no_write:
+        write(report, text_of(report), options.out)
+        print(f"Written: {options.out}, and its table beside it.")
+
+
+if __name__ == "__main__":
+    main()
