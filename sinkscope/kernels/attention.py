@@ -29,6 +29,18 @@ def arguments(call):
     return named, rest
 
 
+def key_of(call):
+    """The key of an attention call."""
+    _, args, kwargs = call
+    return args[2] if len(args) > 2 else kwargs["key"]
+
+
+def query_of(call):
+    """The query of an attention call."""
+    _, args, kwargs = call
+    return args[1] if len(args) > 1 else kwargs["query"]
+
+
 def ask(call, query=None, key=None, value=None, float32=False, keep=None):
     """The model's own attention on other tensors ``[batch head pos d_head]``, ``[batch query head d_head]``.
     ``float32`` computes in fp32; ``keep`` ``[batch key]`` weighs the values after edits of them."""
@@ -66,7 +78,11 @@ def attending(call, null):
 
 def learned_sink(call):
     """Whether a learned sink takes part of the attention."""
-    named, rest = arguments(call)
+    return takes_sink(*arguments(call))
+
+
+def takes_sink(named, rest):
+    """The same for arguments."""
     return has_sinks(named["module"]) or rest.get("s_aux") is not None
 
 
@@ -80,9 +96,8 @@ def spans(calls):
     """Where each call's queries and keys lie: ``[(query start, stop, key start, stop), ...]``."""
     out, q_to, k_to = [], 0, 0
     for call in calls:
-        named, _ = arguments(call)
         q_at, k_at = q_to, k_to
-        q_to, k_to = q_at + named["query"].shape[2], k_at + named["key"].shape[2]
+        q_to, k_to = q_at + query_of(call).shape[2], k_at + key_of(call).shape[2]
         out.append((q_at, q_to, k_at, k_to))
     return out
 
@@ -189,7 +204,7 @@ def pick(x, rows, dim):
 def shared_null(state, call, mark, make, *options):
     """What ``make(call, *options)`` gives, once per run for calls whose queries see the same keys."""
     named, rest = arguments(call)
-    mask, own = named["attention_mask"], id(named["module"]) if learned_sink(call) else None
+    mask, own = named["attention_mask"], id(named["module"]) if takes_sink(named, rest) else None
     seen = (id(mask), rest.get("sliding_window"), is_causal(named, rest), own)
     key = (mark, seen, tuple(named["query"].shape))
     if key not in state:

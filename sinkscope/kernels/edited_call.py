@@ -24,6 +24,7 @@ from sinkscope.kernels.attention import (
     is_causal,
     learned_sink,
     one_head,
+    takes_sink,
     weigh_values,
     weights_on,
 )
@@ -99,7 +100,7 @@ def located(call, state, span, keys, live, rows, heads, spare_empty):
     `counts` of it; once per pass for calls whose queries see the same keys."""
     named, rest = arguments(call)
     mask, shapes = named["attention_mask"], tuple(named[name].shape for name in ("query", "key"))
-    sees = (id(mask), rest.get("sliding_window"), is_causal(named, rest), learned_sink(call))
+    sees = (id(mask), rest.get("sliding_window"), is_causal(named, rest), takes_sink(named, rest))
     given = (
         *map(id, (keys, live, rows)),
         span,

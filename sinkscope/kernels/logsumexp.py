@@ -16,7 +16,7 @@ from sinkscope.kernels.attention import arguments, attending, is_causal
 SMALL = 2**18  # logits that may as well be written down
 EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 PARTS = 3  # of a number in half precision
-UNSEEN = -3.0e4  # minus a log-sum-exp beside which no weight is left, finite in half precision
+UNSEEN = -3.0e4  # what leaves a query no weight, finite in half precision
 
 
 class Fused:
@@ -84,14 +84,13 @@ def run_fused(query, key, value, mask, causal, scale):
 
 
 def column_sums(of, rows):
-    """Sums of attention over the queries in ``rows`` ``[batch query]`` bool, ``[batch head key]`` in fp32."""
-    lse = torch.where(rows[:, None], of.lse, -UNSEEN)
+    """Sums of attention over the queries in ``rows`` ``[batch query]`` bool, ``[batch head key]`` in fp32. Keys
+    that the mask hides from all queries may have any."""
     if of.exact and of.lse.numel() * of.key.shape[2] <= SMALL:
         before = later_keys(of) if of.mask is None else of.mask.mT
-        return run_fused(of.key, of.query, of.query, before - lse[:, :, None], False, of.scale)[
-            1
-        ].exp()
-    bias = -lse / of.scale
+        before = before - torch.where(rows[:, None], of.lse, -UNSEEN)[:, :, None]
+        return run_fused(of.key, of.query, of.query, before, False, of.scale)[1].exp()
+    bias = torch.where(rows[:, None], -of.lse / of.scale, UNSEEN)
     width, parts = of.query.shape[-1], 1 if of.exact else PARTS
     keys = torch.nn.functional.pad(of.key, (0, EXTRA))
     keys[..., width : width + parts] = 1.0

@@ -34,7 +34,7 @@ def massive(states, state, live, k=4, layout=None):
     size, mine = h.abs(), live_at(live, h)
     if every not in state:
         state[every] = bool(live.all()), live
-    if state[every][0]:
+    if state[every][0] and len(live) == len(h):
         medians = size.flatten(1).median(dim=1).values
     else:
         few = [row[alive] for row, alive in zip(size, mine, strict=True)]

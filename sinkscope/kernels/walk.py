@@ -11,11 +11,13 @@ A plan is plain data, so that it can travel: a list of steps, one per site, each
 * ``fires``: ``"once"``, or ``"per window"`` when one forward pass calls several times;
 * ``edits``, ``reads``: lists of ``(slot, kernel, parameters)``; reads see what the edits, in order, left;
 * ``tokens``: rows and tokens of the sample, which states must have, and ``keys``, whether keys must; may be absent;
+* ``measure``: whether edits measure the attention on the keys they edit; may be absent;
 * ``stages``: the stage of every edit of attention; its kernel finds it in ``state["stage"]``.
 """
 
 import torch
 
+from sinkscope.kernels.attention import key_of, query_of
 from sinkscope.kernels.edits import settle
 
 
@@ -46,18 +48,6 @@ def check_tokens(step, what, shape, found):
         )
 
 
-def key_of(call):
-    """The key of an attention call."""
-    _, args, kwargs = call
-    return args[2] if len(args) > 2 else kwargs["key"]
-
-
-def query_of(call):
-    """The query of an attention call."""
-    _, args, kwargs = call
-    return args[1] if len(args) > 1 else kwargs["query"]
-
-
 class Place:
     """What a module is given, ``input``, and gives, ``output``: states are read and replaced here."""
 
@@ -74,6 +64,7 @@ def edit_call(step, call, span, state, out):
     for (slot, kernel, parameters), stage in zip(step["edits"], step["stages"], strict=True):
         place = (slot, step["tower"], step["name"], step["layer"])
         state |= {"edit": place, "stage": stage, "unedited": before}
+        state["measure"] = step.get("measure", True)
         call, effect = kernel(call, state, span, **resolve(None, parameters, device, state))
         note_effect(out, slot, step, effect)
     return call

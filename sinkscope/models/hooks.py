@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.attention_call import REGISTRY, globals_of, looks_up
 from sinkscope.errors import AttentionCallError
+from sinkscope.kernels.attention import query_of
 from sinkscope.kernels.edits import settle
 from sinkscope.kernels.walk import (
     Place,
@@ -24,7 +25,6 @@ from sinkscope.kernels.walk import (
     edit_call,
     first_tensor,
     last_logits,
-    query_of,
     read_states,
 )
 from sinkscope.models.requests import Plan

@@ -26,7 +26,6 @@ from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import (
     Engine,
     Generation,
-    OpenTrace,
     Run,
     choose_engine,
     finish_run,
@@ -35,6 +34,7 @@ from sinkscope.models.runs import (
     run_plan,
 )
 from sinkscope.models.stand_ins import stand_in
+from sinkscope.models.tracing import OpenTrace
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
 
@@ -205,6 +205,7 @@ class LVLM:
         remote: bool | str | None = None,
         kl: bool = False,
         grad: bool = False,
+        effects: bool = True,
         engine: Engine | None = None,
     ) -> Run:
         """Run one forward pass with any number of probes and interventions.
@@ -220,6 +221,9 @@ class LVLM:
             kl: Whether to run once more without interventions and put ``KL(unedited || edited)`` of
                 the next token, in nats, into the effects.
             grad: Whether the logits keep their graph, on the model's device; runs here only.
+            effects: Whether to measure the attention on edited keys before and after. It is free for
+                masks and factors of weights under torch's attention on the CPU, and costs up to three
+                more attention calls per layer else. What was touched is always told.
             engine: ``"hooks"`` or ``"nnsight"``, which give the same bits; None is the first, which is
                 faster, for runs here, and nnsight for remote ones.
         """
@@ -230,7 +234,7 @@ class LVLM:
         check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
         every = logits == "all" or not (logits or where)
         context, last = Context(self.anatomy, sample.tokens), sample.tokens.last
-        plan = checking.plan_of(asked, edits, context, self)
+        plan = checking.plan_of(asked, edits, context, self, effects)
         chosen = choose_engine(engine, where, self._module, [plan])
         model, inputs = self._on(where, sample)
         made = run_plan(model, inputs, plan, None if every else last, where, grad, chosen)
@@ -250,6 +254,7 @@ class LVLM:
         *,
         max_new_tokens: int | None = None,
         remote: bool | str | None = None,
+        effects: bool = True,
         engine: Engine | None = None,
         **options: Any,
     ) -> Generation:
@@ -257,7 +262,8 @@ class LVLM:
 
         The answer is the one of ``model.generate(**sample.inputs, **options)``. Probes of the vision
         tower have a result at the prompt only. A decode step has one query, and the keys so far.
-        Interventions apply at the steps they name. For ``remote`` and ``engine`` see `run`.
+        Interventions apply at the steps they name. For ``remote``, ``effects`` and ``engine`` see
+        `run`.
 
         Args:
             max_new_tokens: Upper bound on the answer's length, or None.
@@ -275,8 +281,8 @@ class LVLM:
         options |= checking.check_generation(sample, options, defaults)
         later = [probe for probe in asked if probe.tower == "language"]
         context = partial(Context, self.anatomy, sample.tokens)
-        first = checking.plan_of(asked, edits, context(0), self)
-        plans = [first, checking.plan_of(later, edits, context(1), self)]
+        first = checking.plan_of(asked, edits, context(0), self, effects)
+        plans = [first, checking.plan_of(later, edits, context(1), self, effects)]
         chosen = choose_engine(engine, where, self._module, plans)
         model, inputs = self._on(where, sample)
         outputs, sequences = generate_plan(model, inputs, plans, options, where, at, chosen)

@@ -49,11 +49,16 @@ Plan = list[dict[str, Any]]
 
 
 def plan_of(
-    probes: Sequence[Probe], interventions: Sequence[Intervention], context: Context, model: Any
+    probes: Sequence[Probe],
+    interventions: Sequence[Intervention],
+    context: Context,
+    model: Any,
+    effects: bool = True,
 ) -> Plan:
     """Group reads and edits, each with its slot, by site in forward order, edits by stage, looks last.
 
-    The probes and interventions must be made for the ``model``, an `LVLM`.
+    The probes and interventions must be made for the ``model``, an `LVLM`; without ``effects`` the attention
+    on edited keys is not measured.
     """
     reads = [(slot, read) for slot, probe in enumerate(probes) for read in probe.reads(context)]
     edits: list[tuple[int, Edit]] = []
@@ -76,7 +81,7 @@ def plan_of(
         if tower not in ("projector", *moved) and context.layout(tower) is None:
             step["tokens"] = tuple(context.live(tower).shape)  # of decode steps the keys may be any
             step["keys"] = not context.step
-        step["moved"] = tower in moved
+        step |= {"moved": tower in moved, "measure": effects}
     return plan
 
 

@@ -11,7 +11,7 @@ from cloudpickle import list_registry_pickle_by_value as registered
 
 import sinkscope as ss
 from sinkscope.errors import ProbeError
-from sinkscope.models import runs
+from sinkscope.models import tracing as runs
 from sinkscope.probes import Read
 from sinkscope.testing import random_image
 
