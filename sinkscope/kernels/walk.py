@@ -188,11 +188,14 @@ def resolve(root, parameters, device, state):
     return out
 
 
-def detached(value):
-    """The same nested value with every tensor cut from the graph."""
+def detached(value, of=None):
+    """The same nested value with every tensor cut from the graph; a view of the tensor ``of`` becomes a copy."""
     if isinstance(value, dict):
-        return {key: detached(part) for key, part in value.items()}
-    return value.detach() if value.requires_grad else value
+        return {key: detached(part, of) for key, part in value.items()}
+    value = value.detach() if value.requires_grad else value
+    # The model may go on to change its own tensor in place.
+    own = of is None or value.untyped_storage().data_ptr() != of.untyped_storage().data_ptr()
+    return value if own else value.clone()
 
 
 HELD = 2**28  # bytes of answers that may wait on a device for the end of the pass
@@ -227,9 +230,10 @@ def brought(value):
 def ask(root, step, value, state, out):
     """Ask a site all its questions; answers stay where they are, and come over when many have gathered."""
     key = (step["tower"], step["name"], step["layer"])
-    device = (query_of(value[0]) if isinstance(value, list) else value).device
+    of = None if isinstance(value, list) else value
+    device = (query_of(value[0]) if of is None else value).device
     for slot, kernel, parameters in step["reads"]:
-        answer = detached(kernel(value, state, **resolve(root, parameters, device, state)))
+        answer = detached(kernel(value, state, **resolve(root, parameters, device, state)), of)
         out.setdefault(slot, {})[key] = answer
         if device.type != "cpu":
             state["held"] = state.get("held", 0) + sum(x.nbytes for x in tensors_in(answer))

@@ -18,7 +18,11 @@ def call_of(dtype=torch.float32, mask=None, causal=True, kv=2, n_query=21, n_key
     shapes = ((HEADS, n_query), (kv, n_key), (kv, n_key))
     tensors = [torch.randn(2, h, n, WIDTH, generator=draw).mul(2).to(dtype) for h, n in shapes]
     module = SimpleNamespace(is_causal=causal, num_key_value_groups=HEADS // kv)
-    return sdpa_attention_forward, (module, *tensors, mask), {"scaling": 0.3, "dropout": 0.0, **rest}
+    return (
+        sdpa_attention_forward,
+        (module, *tensors, mask),
+        {"scaling": 0.3, "dropout": 0.0, **rest},
+    )
 
 
 def masks(kind, dtype, n=21):
@@ -93,7 +97,10 @@ def test_half_precision_needs_all_parts_of_a_number():
     ("why", "change"),
     [
         ("another function", lambda call: (lambda *a, **k: call[0](*a, **k), *call[1:])),
-        ("a bias of positions", lambda call: (*call[:2], {**call[2], "position_bias": torch.ones(1)})),
+        (
+            "a bias of positions",
+            lambda call: (*call[:2], {**call[2], "position_bias": torch.ones(1)}),
+        ),
         ("dropout", lambda call: (*call[:2], {**call[2], "dropout": 0.1})),
         ("a static cache", lambda _: call_of(n_key=30)),
         ("heads of 12", lambda call: widened(call, 4)),

@@ -225,7 +225,9 @@ def test_what_arrives_in_the_stream(dtype, size):
             assert "arrived" not in state
             assert writes.arrives(wrote, state, live, *names) == {}  # nothing is known
         else:
-            said = r"What model.0.attn \(SimpleNamespace\) adds to the stream is not what .* 0.attn.o"
+            said = (
+                r"What model.0.attn \(SimpleNamespace\) adds to the stream is not what .* 0.attn.o"
+            )
             with pytest.raises(ValueError, match=said):
                 writes.arrives(wrote, state, live, *names)
 
