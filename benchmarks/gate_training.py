@@ -159,7 +159,7 @@ class Ready:
         self.lvlm, self.gates, self.batch = lvlm, gates, batch
         self.blocks = [gate.config.edited for gate in gates.values()]
 
-    def share(self, rows: Any) -> Any:
+    def share(self, rows: Any, then: Any = ()) -> Any:
         return share(self.lvlm, self.batch, self.blocks)
 
     def losses(self, shared: Any, name: str) -> Any:
