@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pickle import PicklingError
@@ -22,9 +22,8 @@ UNCOPIED = (TypeError, ValueError, AttributeError, RuntimeError, PicklingError, 
 class Ahead:
     """Makes what the next batch needs, while a ``with`` block of it is open.
 
-    ``make(processor, key)`` runs in a thread of its own and runs no model. It has a copy of the processor,
-    because no two threads may use one tokenizer. Where it fails, `take` gives None and the caller does the
-    same itself: an error is raised where it always was.
+    ``make(processor, key)`` runs in a thread of its own, and runs no model. It has a copy of the processor,
+    because no two threads may use one tokenizer. Where it fails the caller does the same: errors stay there.
     """
 
     def __init__(self, lvlm: LVLM, make: Callable[[Any, Any], Any]) -> None:
@@ -51,9 +50,10 @@ class Ahead:
 
     def take(self, key: Any) -> Any:
         """What was made for a batch, or None if it was not begun or failed."""
-        (begun, made), self._next = self._next or (None, None), None
-        failed = made is None or made.exception() is not None  # waits until it has ended
-        return None if failed or begun != key else made.result()
+        begun, self._next = self._next, None
+        if begun is None or begun[1].exception() is not None or begun[0] != key:  # the second waits
+            return None
+        return begun[1].result()
 
 
 def _pinned(made: Processed, device: torch.device) -> Processed:
@@ -67,7 +67,7 @@ def _pinned(made: Processed, device: torch.device) -> Processed:
 
 def samples_ahead(
     lvlm: LVLM, parts: Sequence[Sequence[Any]], *, apart: bool = False
-) -> Iterator[tuple[Sample, ...]]:
+) -> Generator[tuple[Sample, ...], None, None]:
     """Prepare parts of items with ``image`` and ``question``, in order: one sample each, or one per item.
 
     Close the iterator (`contextlib.closing`), so that nothing runs on after an error.
@@ -102,8 +102,8 @@ class Batches(Ahead):
 
     def of(self, rows: Sequence[int], then: Sequence[int] = ()) -> AnswerBatch:
         """The batch of some rows; the images of the next one are opened meanwhile."""
-        how: Any = {"append_end": self._append_end, "read": self.take(rows)}
-        batch = make_batch(self._lvlm, self._data, rows, **how)
+        read, append_end = self.take(rows), self._append_end
+        batch = make_batch(self._lvlm, self._data, rows, append_end=append_end, read=read)
         if then:
             self.begin(then)
         return batch

@@ -217,8 +217,7 @@ def compare(
     hidden, lines = len(items) < 50 if progress is None else not progress, []
     # Questions about one image, free and multiple-choice ones apart.
     groups = groupby(range(len(items)), lambda i: (items[i].image_id, bool(items[i].choices)))
-    numbers = [part for _, group in groups for part in batches_of(list(group), batch)]
-    parts = [{i: items[i] for i in some} for some in numbers]
+    parts = [{i: items[i] for i in n} for _, group in groups for n in batches_of([*group], batch)]
     bar = tqdm(total=len(items), desc="comparing", unit="question", disable=hidden)
     with bar, closing(samples_ahead(lvlm, [[*part.values()] for part in parts])) as prepared:
         for part, (sample,) in zip(parts, prepared, strict=True):

@@ -283,9 +283,7 @@ def answer_losses(gates: Sequence[Gate], shared: Shared) -> Losses:
     def factors(gate: Gate, state: Tensor) -> Tensor:
         found = gate_signals(gate, tokens, shared.vision, state)
         means = found["coefficients"].detach().mean(dim=0).unbind()
-        notes.update(
-            {f"rho_{g}": value for g, value in zip(gate.config.groups, means, strict=True)}
-        )
+        notes.update(zip([f"rho_{g}" for g in gate.config.groups], means, strict=True))
         visual = (tokens.image >= 0).to(state.device)
         return kernels.factors_of(found, visual, list(gate.config.groups))
 
@@ -314,9 +312,7 @@ class GateObjective:
         """The batches; inside of a ``with`` block of them images are opened ahead."""
         return Batches(self.lvlm, self.data, self.append_end)
 
-    def share(
-        self, rows: Sequence[int], then: Sequence[int] = (), *, whole: bool = False
-    ) -> Shared:
+    def share(self, rows: Sequence[int], then: Any = (), *, whole: bool = False) -> Shared:
         """Compute the batch and the states that gates read; see `share`, and ``then`` in `Objective`."""
         batch = self.batches.of(rows, then)
         return share(self.lvlm, batch, [g.config.edited for g in self.gates.values()], whole=whole)

@@ -155,6 +155,7 @@ class Loop:
         self.writes = a is None or a.is_main_process
         self.per_epoch = self.settings.per_epoch(len(self.rows), self.processes)
         self.steps = self.per_epoch * self.settings.epochs
+        self.every = self.settings.evaluate_every or self.per_epoch
         lr, decay = self.settings.lr, self.settings.weight_decay
         for trainee in self.trainees:
             given = list(trainee.parameters.values())
@@ -178,7 +179,7 @@ class Loop:
             while self.step < self.steps and self._active:
                 self._one_step(bar)
                 done = self.step == self.steps
-                if self._looks(self.step):
+                if done or self.step % self.every == 0:
                     self._validate()
                 if done or self.step % self.checkpoint_every == 0 or not self._active:
                     self._save()
@@ -225,14 +226,10 @@ class Loop:
         """This process' share of rows, in groups."""
         return list(batches_of(rows[self.place :: self.processes], self.settings.batch))
 
-    def _looks(self, step: int) -> bool:
-        """Whether a validation stands behind this many steps."""
-        return step == self.steps or step % (self.settings.evaluate_every or self.per_epoch) == 0
-
     def _then(self, step: int, *, looked: bool = False) -> tuple[int, ...]:
         """The rows that are read first behind this many steps: to validate, unless ``looked``, or to train."""
         groups = self.plan(step) if step < self.steps else []
-        if self.held and not looked and self._looks(step):
+        if self.held and not looked and (step == self.steps or step % self.every == 0):
             groups = self._own(self.held)
         return groups[0] if groups else ()
 
