@@ -241,3 +241,18 @@ def test_nothing_runs_on_after_an_error_in_training(error, tiny, monkeypatch):
     with pytest.raises(error):
         trained(tiny("llava-clip-llama"))
     assert not running()
+
+
+def test_a_dataset_that_is_read_in_the_main_thread_only(tiny):
+    """As one behind a database connection: it is read there, and training is the same."""
+
+    class Picky(list):
+        def __getitem__(self, index):
+            if threading.current_thread() is not threading.main_thread():
+                raise RuntimeError("used in another thread")
+            return super().__getitem__(index)
+
+    lvlm, data = tiny("llava-clip-llama"), [vars(item) for item in items(2)]
+    how = {"v_detector": ss.detectors.Norm(2.0), "batch": 1, "epochs": 1, "validation": 0.0}
+    plain, picky = (ss.train_lsg(lvlm, one, [0], **how).history for one in (data, Picky(data)))
+    pd.testing.assert_frame_equal(plain, picky, check_exact=True)
