@@ -111,6 +111,11 @@ class OnDevice(Tensor):
             ):
                 kinds = [tuple(x.shape) for x in here]
                 raise RuntimeError(f"{name}: got host tensors {kinds} beside those of the device")
+            kwargs.pop("pin_memory", None)
+            if kwargs.get("device") is not None and name.endswith("_like"):
+                home = torch.device(kwargs.pop("device")).type == "cpu"
+                made = func(*args, **kwargs).as_subclass(Tensor)
+                return made if home else made.as_subclass(OnDevice)
             if isinstance(kwargs.get("device"), torch.device):
                 kwargs["device"] = torch.device("cpu")
             return wrapped(func(*args, **kwargs), given)
@@ -181,6 +186,13 @@ def put(module):
     return module
 
 
+class Stream:
+    """What copies back without blocking wait for."""
+
+    def synchronize(self):
+        NOW[-1].note("read", "synchronize")
+
+
 @contextmanager
 def pretended():
     """The device, until the block ends; gives what would wait."""
@@ -191,6 +203,7 @@ def pretended():
         mock.patch.object(torch.cuda, "device", nullcontext),
     ]
     patches += [mock.patch.object(Tensor, "pin_memory", lambda x: x)]
+    patches += [mock.patch.object(torch.cuda, "current_stream", return_value=Stream())]
     for one in patches:
         one.start()
     try:
