@@ -10,10 +10,12 @@ On a random LLaVA with LLaMA's and CLIP's proportions, in one process and in rou
 
 Batches are ready in memory on all sides. Ratios are formed within each round; medians and quartiles are
 reported, in seconds that the processor spent on one thread, because the machine may be shared. The loss
-and the gradients of both sides are compared first. Nothing is downloaded.
+and the gradients of both sides are compared first. Nothing is downloaded. ``--device cuda --dtype bfloat16``
+runs all of it on a GPU, in seconds of the wall that are read when the device has done its work.
 
     python benchmarks/gate_training.py
     python benchmarks/gate_training.py --layers 6 --rounds 3 --no-write
+    python benchmarks/gate_training.py --device cuda --dtype bfloat16 --layers 32 --heads 32 --no-write
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,7 +43,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for what the benchmarks share
+
 import sinkscope as ss
+from benchmarks.placing import add_place, built_on, clock_of, device_of, dtype_of, machine_name
 from sinkscope.data.batches import IGNORED, AnswerBatch
 from sinkscope.lsg.passes import answer_losses, frozen, share
 from sinkscope.lsg.train import cost_of
@@ -55,8 +61,9 @@ AIMS = {"per gate": 1.15, "together": 1.3}
 LR = 1e-4
 
 
-def build(layers: int, heads: int) -> LlavaForConditionalGeneration:
+def build(options: argparse.Namespace) -> LlavaForConditionalGeneration:
     """A random LLaVA: MLP 2.7 and vocabulary 8 times the width, a tower of 5 % of the decoder's work."""
+    layers, heads = options.layers, options.heads
     width = heads * HEAD_DIM
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -82,7 +89,9 @@ def build(layers: int, heads: int) -> LlavaForConditionalGeneration:
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+    with built_on(device_of(options)):
+        model = LlavaForConditionalGeneration(config).eval().to(dtype_of(options))
+    return model.requires_grad_(False)
 
 
 def make_batch(lvlm: ss.LVLM, rows: int, tokens: int) -> AnswerBatch:
@@ -111,13 +120,16 @@ class ByHand:
         width = gate.config.d_model
         self.gate = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 2), nn.Softmax(-1)
-        )
+        ).to(module.device)
         for mine, theirs in zip(self.gate.parameters(), gate.parameters(), strict=True):
             mine.data.copy_(theirs)
         self.optimizer = torch.optim.AdamW(self.gate.parameters(), lr=LR)
 
     def loss(self, batch: AnswerBatch) -> Tensor:
-        ids, end = batch.inputs["input_ids"], batch.labels.shape[1] - ANSWER - 1
+        device = self.module.device
+        given = {k: v.to(device) for k, v in batch.inputs.items()}
+        given["pixel_values"] = given["pixel_values"].to(self.module.dtype)
+        ids, end = given["input_ids"], batch.labels.shape[1] - ANSWER - 1
         found: dict[str, Tensor] = {}
 
         def sinks(part: Any, args: Any, out: Any) -> None:
@@ -129,10 +141,10 @@ class ByHand:
             found["rho"] = self.gate(states[:, end].float())
 
         def scale(part: Any, args: Any, out: Tensor) -> Tensor:
-            rho, factors = found["rho"], torch.ones(ids.shape)
+            rho, factors = found["rho"], torch.ones(ids.shape, device=device)
             image = torch.where(found["v"], rho[:, :1], rho[:, 1:])
             factors = torch.cat([factors[:, :1], image, factors[:, 1 + PATCHES :]], dim=1)
-            return out * factors[..., None]
+            return (out * factors[..., None]).to(out.dtype)
 
         decoder = self.module.model.language_model.layers
         tower = self.module.model.vision_tower.encoder.layers
@@ -143,7 +155,7 @@ class ByHand:
                 (decoder[self.layer + 1].self_attn.k_proj, scale),
             ):
                 stack.callback(part.register_forward_hook(hook).remove)
-            return self.module(**batch.inputs, labels=batch.labels, use_cache=False).loss
+            return self.module(**given, labels=batch.labels.to(device), use_cache=False).loss
 
     def step(self, batch: AnswerBatch) -> None:
         self.optimizer.zero_grad()
@@ -159,7 +171,7 @@ class Ready:
         self.lvlm, self.gates, self.batch = lvlm, gates, batch
         self.blocks = [gate.config.edited for gate in gates.values()]
 
-    def share(self, rows: Any) -> Any:
+    def share(self, rows: Any, then: Any = ()) -> Any:
         return share(self.lvlm, self.batch, self.blocks)
 
     def losses(self, shared: Any, name: str) -> Any:
@@ -193,7 +205,8 @@ def agreement(lvlm: ss.LVLM, gate: ss.LSG, batch: AnswerBatch, tau: float) -> di
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    lvlm = ss.LVLM(build(options.layers, options.heads))
+    lvlm = ss.LVLM(build(options))
+    clock = clock_of(lvlm.device, cpu_seconds=True)
     batch = make_batch(lvlm, options.rows, options.tokens)
     tau = middle_norm(lvlm, batch)
     rule = ss.detectors.Norm(tau)
@@ -201,7 +214,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     gates = [ss.LSG.for_model(lvlm, layer, v_detector=rule) for layer in layers]
     for gate in gates:
         with torch.no_grad():  # coefficients that differ, as after some training
-            gate.outer.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+            drawn = torch.Generator().manual_seed(1)
+            gate.outer.weight.copy_(0.1 * torch.randn(gate.outer.weight.shape, generator=drawn))
     some = sorted({0, len(layers) // 3, len(layers) - 1})
     variants: dict[str, Callable[[], None]] = {}
     for layer in some:
@@ -212,7 +226,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     variants["together"] = ours(lvlm, gates, batch)
     close = agreement(lvlm, gates[some[1]], batch, tau)
     with frozen(lvlm.module):
-        seconds = rounds_of(variants, options.rounds)
+        seconds = rounds_of(variants, options.rounds, clock)
     rounds = range(options.rounds)
     apart = [sum(seconds[f"alone {layer}"][i] for layer in layers) for i in rounds]
     ratios = {
@@ -228,7 +242,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         TrainingSettings(batch=options.rows), edited, options.rows, 0, tower, options.layers
     )
     return {
-        "machine": machine(),
+        "machine": machine(lvlm.device),
         "shape": {
             "decoder layers": options.layers,
             "width": options.heads * HEAD_DIM,
@@ -237,7 +251,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             "tokens": options.tokens,
             "answer tokens": ANSWER,
             "parameters": sum(p.numel() for p in lvlm.module.parameters()),
-            "dtype": "float32",
+            "dtype": options.dtype,
         },
         "agreement": close,
         "bound": cost.to_dict(),
@@ -258,8 +272,10 @@ def middle_norm(lvlm: ss.LVLM, batch: AnswerBatch) -> float:
     return float(norms[len(norms) * 4 // 5 :][:2].mean())
 
 
-def rounds_of(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every variant in every round; the first pass of each is not timed."""
+def rounds_of(
+    variants: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; the first pass of each is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with tqdm(total=(rounds + 1) * len(variants), unit="step") as bar:
         for number in range(-1, rounds):
@@ -267,10 +283,10 @@ def rounds_of(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str,
             random.Random(number).shuffle(order)
             for name in order:
                 gc.collect()
-                start = time.process_time()
+                start = clock()
                 variants[name]()
                 if number >= 0:
-                    seconds[name].append(time.process_time() - start)
+                    seconds[name].append(clock() - start)
                 bar.update()
     return seconds
 
@@ -280,16 +296,14 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on; nothing that names the machine."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    clock = clock_of(device, cpu_seconds=True)
     return {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": machine_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "clock": "CPU seconds",
+        "clock": "CPU seconds" if clock is time.process_time else "seconds",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
 
@@ -301,7 +315,7 @@ def table(report: dict[str, Any]) -> str:
         f"{m['cpu']}, {m['threads']} of {m['cores']} cores, {m['clock']}, torch "
         f"{m['versions']['torch']}; {report['rounds']} rounds. LLaVA with {shape['decoder layers']} "
         f"decoder blocks of width {shape['width']} and {shape['vision layers']} vision blocks, "
-        f"{shape['rows']} × {shape['tokens']} tokens, fp32. Quartiles in parentheses.",
+        f"{shape['rows']} × {shape['tokens']} tokens, {shape['dtype'].replace('float', 'fp')}. Quartiles in parentheses.",
         "",
         "| what | by hand | `train_lsg` | ratio | aim |",
         "|---|---:|---:|---:|---:|",
@@ -350,6 +364,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows per batch (1)")
     parser.add_argument("--tokens", type=int, default=PATCHES + 64, help="tokens per row (640)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (9)")
+    add_place(parser)
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     report = benchmark(options)

@@ -2,6 +2,7 @@
 
     python benchmarks/linear_probes.py --images 600
     python benchmarks/linear_probes.py --render     # the figure again, from the CSV
+    python benchmarks/linear_probes.py --device cuda --dtype bfloat16 --out results-gpu
 
 Scenes are test scenes, which the model has never seen; detectors are calibrated on validation scenes.
 Writes a CSV with every number, a Markdown table and the figure, which the documentation includes.
@@ -9,15 +10,17 @@ Writes a CSV with every number, a Markdown table and the figure, which the docum
 
 import argparse
 import json
-import platform
-import time
+import sys
 from pathlib import Path
 
 import pandas as pd
 import sklearn
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for what the benchmarks share
+
 import sinkscope as ss
+from benchmarks.placing import add_place, clock_of, device_of, dtype_of, machine_name
 from sinkscope.bundled import VALIDATION_SEEDS, scene_attributes
 from sinkscope.experiments import top_received
 from sinkscope.viz import plot_probes
@@ -37,15 +40,6 @@ def top_five(trace):
 
 def first_row(trace):
     return trace.ordinary() & (trace.sample.tokens.row == 0)
-
-
-def machine():
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), model)
-    return model
 
 
 def markdown(summary, differences, conditions):
@@ -94,13 +88,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=600, help="test scenes")
     parser.add_argument("--permutations", type=int, default=20, help="shuffles for the null")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to probe (all)")
+    add_place(parser)
     parser.add_argument("--out", type=Path, default=OUT, help="where to write")
     parser.add_argument("--render", action="store_true", help="draw what is there, measure nothing")
     args = parser.parse_args()
     if args.render:
         render(args.out)
         return
-    lvlm = ss.load_bundled()
+    device = device_of(args)
+    lvlm = ss.load_bundled(dtype_of(args))
+    lvlm.module.to(device)
+    clock = clock_of(device, cpu_seconds=True)
     held = scene_attributes(8, seeds=VALIDATION_SEEDS)
     samples = [lvlm.prepare(images=r["image"], text=r["question"]) for r in held]
     calibration = ss.calibrate(lvlm, samples)
@@ -111,7 +110,7 @@ def main():
         "last token": "last",
         "random, first row": ss.experiments.RandomGroup(5, 5, first_row),
     }
-    start = time.process_time()
+    start = clock()
     result = ss.linear_probes(
         lvlm,
         scene_attributes(args.images),
@@ -119,8 +118,9 @@ def main():
         v_detector=calibration.v_detector,
         l_detector=calibration.l_detector,
         permutations=args.permutations,
+        layers=args.layers,
     )
-    seconds = time.process_time() - start
+    seconds = clock() - start
     differences = {
         ("The 5 most attended tokens", base): result.difference(base).query(
             "group == 'top 5 attended'"
@@ -134,8 +134,9 @@ def main():
         f"drawn 5 times; the null is the mean of {args.permutations} shuffles. Detectors calibrated on "
         f"eight validation scenes. Vision tower: {calibration.vision.reason}. Language model: "
         f"{calibration.language.reason}. Of the 5 most attended tokens {early:.0%} lie in the first row "
-        f"of the image. {machine()}, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}, scikit-learn {sklearn.__version__}: {seconds:.0f} CPU seconds."
+        f"of the image. {machine_name(device)}, {torch.get_num_threads()} thread(s), "
+        f"{args.dtype}, torch {torch.__version__}, scikit-learn {sklearn.__version__}: {seconds:.0f} "
+        f"{'CPU ' if device.type == 'cpu' else ''}seconds."
     )
     args.out.mkdir(parents=True, exist_ok=True)
     text = markdown(result.estimates(), differences, conditions)

@@ -13,8 +13,12 @@ cells times their number, plus the base. It is given the V-sinks for free. The b
 multiplications of both (see `sinkscope.experiments.sweep_grid`), in which matrices of all shapes are
 equally fast. Nothing is downloaded: the model is built from its config.
 
+``--device cuda --dtype bfloat16`` runs both on a GPU; a clock is read when the device has done its work.
+
     python benchmarks/sweep_reuse.py
     python benchmarks/sweep_reuse.py --layers 6 --questions 1 2 --rounds 2 --plain-cells 3 --no-write
+    python benchmarks/sweep_reuse.py --device cuda --dtype bfloat16 --width 4096 --head-dim 128 \
+        --vision-width 1024 --no-write
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -44,10 +48,14 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for what the benchmarks share
+
 import sinkscope as ss
+from benchmarks.placing import add_place, built_on, clock_of, device_of, dtype_of, machine_name
 from sinkscope.data.answers import answer_ids
 from sinkscope.experiments.sweep_grid import Cells, Shape, Work, check_layers, shape_of
 from sinkscope.experiments.sweep_images import v_sinks
+from sinkscope.files import version_of
 from sinkscope.testing import random_image
 from sinkscope.testing.processors import llava_processor
 
@@ -70,8 +78,10 @@ WORDS = (
 ANSWERS = ("red", "3", "yes", "square", "nothing", "circle", "0", "white")
 
 
-def build(layers: int, width: int, vision_layers: int, vision_width: int) -> tuple[ss.LVLM, Any]:
-    """A random LLaVA (MLP of 2.7 times the width, heads of 32), and a twin that nnsight never saw."""
+def build(options: argparse.Namespace) -> tuple[ss.LVLM, Any]:
+    """A random LLaVA (MLP of 2.7 times the width), and a twin that nnsight never saw."""
+    layers, width, vision_layers = options.layers, options.width, options.vision_layers
+    vision_width, heads = options.vision_width, options.width // options.head_dim
     processor = llava_processor("clip", SIDE, PATCH)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -87,8 +97,8 @@ def build(layers: int, width: int, vision_layers: int, vision_width: int) -> tup
             hidden_size=width,
             intermediate_size=round(2.7 * width),
             num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            num_key_value_heads=width // 32,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             max_position_embeddings=4096,
             initializer_range=0.05,
         ),
@@ -97,7 +107,8 @@ def build(layers: int, width: int, vision_layers: int, vision_width: int) -> tup
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
+    with built_on(device_of(options)):
+        model = LlavaForConditionalGeneration(config).eval().to(dtype_of(options))
     return ss.LVLM(copy.deepcopy(model), processor), model
 
 
@@ -123,9 +134,13 @@ class Plain:
         fed = torch.tensor([self.answer[:-1]], dtype=torch.long)
         ids = torch.cat([sample.inputs["input_ids"], fed], dim=1)
         self.inputs = {**sample.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        pixels = self.inputs["pixel_values"].to(twin.dtype)
+        self.inputs = {
+            k: v.to(twin.device) for k, v in (self.inputs | {"pixel_values": pixels}).items()
+        }
         self.blocks = lvlm.anatomy.language.n_layers
-        self.visual = ids[0] == lvlm.anatomy.image_token_id
-        found = v_sinks(lvlm, sample, DETECTOR, "max")
+        self.visual = self.inputs["input_ids"][0] == lvlm.anatomy.image_token_id
+        found = v_sinks(lvlm, sample, DETECTOR, "max").to(twin.device)
         self.sinks = torch.nn.functional.pad(found, (0, len(ids[0]) - len(found)))
 
     @torch.no_grad()
@@ -138,7 +153,7 @@ class Plain:
         def scaled(q: Tensor, k: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
             q, k = rotate(q, k, *rest, **named)
             calls.append(None)
-            return q, k * factors if len(calls) - 1 == block else k
+            return q, (k * factors).to(k.dtype) if len(calls) - 1 == block else k
 
         llama.apply_rotary_pos_emb = scaled
         try:
@@ -149,26 +164,20 @@ class Plain:
         if len(calls) != self.blocks:
             raise RuntimeError(f"RoPE was called {len(calls)} times; expected once per block")
         logs = logits.float().log_softmax(-1)
-        return float(logs[torch.arange(keep), self.answer].sum()), logits
+        at = torch.tensor(self.answer, device=logs.device)[:, None]
+        return float(logs.gather(1, at).sum()), logits
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     names = ("sinkscope", "torch", "transformers", "nnsight")
     return {
-        "cpu": cpu(),
+        "cpu": machine_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: version_of(name) for name in names},
     }
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -242,14 +251,15 @@ def logits_differ(lvlm: ss.LVLM, twin: Any, cells: int) -> float:
             given, features = decoder_inputs(lvlm, fed, features)
             givens.append(given)
         end = int(plain[0].visual.nonzero().max()) + 1
+        visual = plain[0].visual.cpu()
         seen = capture_branches(lvlm, givens, end)
         worst = 0.0
         for _ in range(cells):
             block = drawn.randrange(lvlm.anatomy.language.n_layers)
             pair = drawn.choice(ss.lsg_grid())
             question = drawn.randrange(len(items))
-            factors = torch.where(plain[0].visual, pair[1], 1.0)
-            factors = torch.where(plain[0].sinks, pair[0], factors)[None, :end]
+            factors = torch.where(visual, pair[1], 1.0)
+            factors = torch.where(plain[0].sinks.cpu(), pair[0], factors)[None, :end]
             past = resume_stem(seen, block, factors)
             row = torch.tensor([question])
             hidden = resume_tails(seen, block, factors, past, torch.tensor([0]), row)
@@ -277,7 +287,7 @@ def table(report: dict[str, Any]) -> str:
         f"{m['load']} at the start; "
         + ", ".join(f"{name} {v}" for name, v in m["versions"].items())
         + f". LLaVA with {model['layers']} decoder layers of width {model['width']}, {model['vision_layers']} "
-        f"vision blocks of width {model['vision_width']}, fp32, SDPA; {model['layers']} layers x "
+        f"vision blocks of width {model['vision_width']}, {model['dtype']}, SDPA; {model['layers']} layers x "
         f"{report['pairs']} pairs and the base, medians of {report['rounds']} images.",
         "",
         "| questions per image | passes of the plain loop | plain loop | sweep | times faster (quartiles) | bound | of the bound |",
@@ -307,7 +317,7 @@ def misses(report: dict[str, Any]) -> list[str]:
             out.append(f"one question: {row['ratio']:.2f} < {REACH} x {row['bound']:.2f}")
         if row["questions"] == 8 and row["ratio"] < AT_EIGHT:
             out.append(f"eight questions: {row['ratio']:.2f} < {AT_EIGHT}")
-    if report["logits"] > 1e-4:
+    if report["logits"] > 1e-4 and report["model"]["dtype"] == "fp32":
         out.append(f"logits differ by {report['logits']:.1e}")
     return out
 
@@ -320,6 +330,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--layers", type=int, default=32, help="decoder layers")
     add("--width", type=int, default=128, help="of the decoder")
+    add("--head-dim", type=int, default=32, help="of the decoder's heads")
     add("--vision-layers", type=int, default=24, help="vision blocks")
     add("--vision-width", type=int, default=64, help="of the vision tower")
     add("--questions", type=int, nargs="+", default=[1, 8], help="per image, at most 8")
@@ -328,6 +339,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=lambda x: x if x == "auto" else int(x), default="auto")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--cpu-time", action="store_true", help="count CPU seconds on one thread, not seconds")
+    add_place(parser)
     add("--no-write", action="store_true", help="print the table only")
     add("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args(arguments)
@@ -338,18 +350,20 @@ def main() -> None:
     torch.set_num_threads(1 if options.cpu_time else options.threads)
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    facts = machine()
+    device = device_of(options)
+    facts = machine(device)
     size = (options.layers, options.width, options.vision_layers, options.vision_width)
-    lvlm, twin = build(*size)
-    clock = time.process_time if options.cpu_time else time.perf_counter
+    lvlm, twin = build(options)
+    clock = clock_of(device, options.cpu_time)
     Plain(lvlm, twin, dataset(1, 1)[0])(0, (0.5, 0.5))  # warm, as the sweep below
     ss.sweep(lvlm, dataset(1, 1), layers="embed", grid=[(0.5, 0.5)], v_detector=DETECTOR)
     names = ("layers", "width", "vision_layers", "vision_width")
     report = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": facts,
-        "clock": "CPU seconds" if options.cpu_time else "seconds",
-        "model": dict(zip(names, size, strict=True)),
+        "clock": "CPU seconds" if clock is time.process_time else "seconds",
+        "model": dict(zip(names, size, strict=True))
+        | {"dtype": options.dtype.replace("float", "fp")},
         "pairs": len(ss.lsg_grid()),
         "rounds": options.rounds,
         "results": [measure(lvlm, twin, n, options, clock) for n in options.questions],

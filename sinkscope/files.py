@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from errno import EEXIST
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,6 +34,14 @@ def cache_folder(cache: str | Path | None = None) -> Path:
     chosen = cache or os.environ.get("SINKSCOPE_CACHE") or home / "sinkscope"
     check_path(cache=chosen)
     return Path(chosen).expanduser()
+
+
+def version_of(package: str) -> str:
+    """Give the version of a package; if it is on the path and not installed, the one its source states."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return str(getattr(import_module(package), "__version__", "not installed"))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

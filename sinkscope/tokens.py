@@ -163,7 +163,9 @@ class TokenMap:
     @property
     def last(self) -> Int[Tensor, " batch"]:
         """The last prompt position of every row."""
-        return torch.where(self.live, torch.arange(self.live.shape[1]), -1).amax(dim=1)
+        return torch.where(
+            self.live, torch.arange(self.live.shape[1], device=self.live.device), -1
+        ).amax(dim=1)
 
     @property
     def first(self) -> Int[Tensor, " batch"]:

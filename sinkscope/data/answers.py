@@ -211,11 +211,6 @@ class Reading:
     positions: Tensor  # int ``[row n]``; rows with fewer positions repeat their last
     tokens: Tensor  # int ``[row n option]``: the token of every option at every position
 
-    def of(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities ``[chunk n option]`` and greedy tokens ``[chunk n]`` of some rows, on the CPU."""
-        found = TokenScores.of(logits, self.tokens[rows])
-        return found.logprobs.cpu(), found.greedy.cpu()
-
 
 def reading_of(asked: Sequence[Asked], first: Sequence[int]) -> Reading:
     """What to read of the feeds of several questions, whose prompts end at the positions ``first``."""

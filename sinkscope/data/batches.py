@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from sinkscope.checks import check_whole, is_number
 from sinkscope.data.items import Lazy, check_texts, read_record
 from sinkscope.errors import InputError
-from sinkscope.models.inputs import process
+from sinkscope.models.decoder import moved
+from sinkscope.models.inputs import Processed, process
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, marks_of, question_of
@@ -98,7 +99,7 @@ class TokenScores:
     def of(cls, logits: Tensor, tokens: Tensor) -> TokenScores:
         """The scores of ``tokens`` under ``logits`` ``[row n vocab]``."""
         logs = logits.float().log_softmax(dim=-1)
-        return cls(logs, logits.detach().argmax(dim=-1), tokens.to(logits.device))
+        return cls(logs, logits.detach().argmax(dim=-1), moved(tokens, logits.device))
 
     @property
     def logprobs(self) -> Tensor:
@@ -292,14 +293,19 @@ def batches_of(rows: Sequence[int], size: int) -> list[Ids]:
     return [tuple(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def make_batch(
-    lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True
-) -> AnswerBatch:
-    """The records of some rows as one batch, with `end_token` behind answers; images are opened now."""
+def read_rows(processor: Any, data: AnswerData, rows: Sequence[int]) -> tuple[Processed, list[str]]:
+    """Model inputs of some rows, whose images are opened now, and their answers."""
     records = [_texts(data.records[row], row) for row in rows]
     images, questions, answers = ([r[k] for r in records] for k in ("image", "question", "answer"))
     images = [list(one) if isinstance(one, (list, tuple)) else [one] for one in images]
-    inputs, _, prompts = process(lvlm.processor, images, questions)
+    return process(processor, images, questions), answers
+
+
+def make_batch(
+    lvlm: LVLM, data: AnswerData, rows: Sequence[int], *, append_end: bool = True, read: Any = None
+) -> AnswerBatch:
+    """The records of some rows, ``read`` before or now, as one batch, with `end_token` behind answers."""
+    (inputs, _, prompts), answers = read or read_rows(lvlm.processor, data, rows)
     end = end_token(lvlm) if append_end else None
     last, both = () if end is None else (end,), zip(prompts, answers, strict=True)
     tails = [answer_ids(lvlm.tokenizer, prompt, answer) + last for prompt, answer in both]

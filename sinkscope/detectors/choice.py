@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -213,6 +213,7 @@ class VisionTokens(Rule):
         return {"how": "all"}
 
 
+@lru_cache(maxsize=4)  # once for all gates of a batch, for it waits for the device
 def kept_tokens(tokens: TokenMap, kind: str) -> Bool[Tensor, "image pos"]:
     """ViT tokens of a kind, ``"cls"`` or ``"register"``; DetectorError if the projector drops them."""
     mine, used = tokens.vision.select(kind), tokens.sources >= 0

@@ -1,7 +1,7 @@
 """compare: the same questions answered under every condition, with paired intervals."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Protocol, cast, runtime_checkable
@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_whole, typed
+from sinkscope.data.ahead import samples_ahead
 from sinkscope.data.answers import answer_batch
+from sinkscope.data.batches import batches_of
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
 from sinkscope.detectors.detection import Detector, check_rules
 from sinkscope.errors import InputError
@@ -19,6 +21,7 @@ from sinkscope.experiments.sink_edits import EditSinks
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
 from sinkscope.interventions.application import check_interventions
+from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.protocols import Intervention
@@ -214,21 +217,25 @@ def compare(
     hidden, lines = len(items) < 50 if progress is None else not progress, []
     # Questions about one image, free and multiple-choice ones apart.
     groups = groupby(range(len(items)), lambda i: (items[i].image_id, bool(items[i].choices)))
-    with tqdm(total=len(items), desc="comparing", unit="question", disable=hidden) as bar:
-        for numbers in (list(group) for _, group in groups):
-            for start in range(0, len(numbers), batch):
-                part = {i: items[i] for i in numbers[start : start + batch]}
-                lines.extend(_answer(lvlm, part, variants, rules, length_normalized))
-                bar.update(len(part))
+    parts = [{i: items[i] for i in n} for _, group in groups for n in batches_of([*group], batch)]
+    bar = tqdm(total=len(items), desc="comparing", unit="question", disable=hidden)
+    with bar, closing(samples_ahead(lvlm, [[*part.values()] for part in parts])) as prepared:
+        for part, (sample,) in zip(parts, prepared, strict=True):
+            lines.extend(_answer(lvlm, sample, part, variants, rules, length_normalized))
+            bar.update(len(part))
     return Comparison(pd.DataFrame(lines), variants[0][0])
 
 
 def _answer(
-    lvlm: LVLM, part: Mapping[int, Item], variants: Sequence[Variant], rules: Any, normalized: bool
+    lvlm: LVLM,
+    sample: Sample,
+    part: Mapping[int, Item],
+    variants: Any,
+    rules: Any,
+    normalized: bool,
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
     items, plain = [*part.values()], None
-    sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
     trace: Any = None
     if any(callable(one) and not isinstance(one, Applied) for _, _, one in variants):
         trace = trace_sinks(lvlm, sample, **rules)

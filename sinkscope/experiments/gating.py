@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_choice, check_whole, typed
-from sinkscope.data.batches import AnswerBatch, AnswerData, TokenScores, make_batch, read_dataset
+from sinkscope.data.ahead import Batches
+from sinkscope.data.batches import AnswerBatch, TokenScores, read_dataset
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
@@ -150,10 +151,10 @@ class _Objective:
     """Next-token loss of the answers under the whole model, adapter included."""
 
     lvlm: LVLM
-    data: AnswerData
+    batches: Batches
 
-    def share(self, rows: Sequence[int]) -> AnswerBatch:
-        return make_batch(self.lvlm, self.data, rows)
+    def share(self, rows: Sequence[int], then: Sequence[int] = ()) -> AnswerBatch:
+        return self.batches.of(rows, then)
 
     def losses(self, shared: AnswerBatch, name: str) -> Losses:
         device = self.lvlm.device
@@ -258,9 +259,10 @@ def lora(
         }
         data = read_dataset(dataset, lvlm.tokenizer)
         rows, held = data.split(validation, given.seed)
-        objective, trainee = _Objective(lvlm, data), Trainee("LoRA", pairs)
-        loop = Loop([trainee], objective, rows, held, given, progress=progress)
-        loop.run()
+        trainee, batches = Trainee("LoRA", pairs), Batches(lvlm, data)
+        loop = Loop([trainee], _Objective(lvlm, batches), rows, held, given, progress=progress)
+        with batches:
+            loop.run()
         kept = {path: [p.detach().float().clone() for p in layers[path]] for path in layers}
     factors = {path: (up, down) for path, (up, down) in kept.items()}
     return LoRA(factors, r, scale, r * per_rank, wanted, tuple(loop.history))

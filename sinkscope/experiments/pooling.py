@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_whole
+from sinkscope.data.ahead import samples_ahead
+from sinkscope.data.batches import batches_of
 from sinkscope.data.items import LabelledImage, Target
 from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, SelectionError
@@ -109,27 +112,34 @@ def pool(
 ) -> Features:
     """Mean states of every group, layer and record: a pass per batch, and one more to find sinks."""
     means, counts, n_layers = [], [], lvlm.anatomy.language.n_layers
-    for start in tqdm(range(0, len(items), batch), desc="reading", unit="batch", disable=hidden):
-        part, masks = items[start : start + batch], []
-        sample = lvlm.prepare(images=[i.image for i in part], text=[i.question for i in part])
-        trace = None if rules is None else trace_sinks(lvlm, sample, *rules, remote=remote)
-        for name, group in groups.items():
-            chosen: Any = getattr(group, "among", group)
-            try:
-                mask = sample.tokens.select(chosen(trace) if callable(chosen) else chosen, n_layers)
-            except SelectionError as error:
-                raise InputError(f"The group {name!r}: {error}") from error
-            if isinstance(group, RandomGroup) and mask.ndim != 2:
-                raise InputError(
-                    f"The group {name!r} draws among a mask of shape {tuple(mask.shape)}; expected the "
-                    "same candidates at all layers, [batch pos]. Write mask.all(dim=1) in the function."
-                )
-            seeds = [(seed, start + row) for row in range(len(part))]
-            masks += group.draw(mask, seeds) if isinstance(group, RandomGroup) else [mask]
-        probe = GroupMeans({str(i): mask for i, mask in enumerate(masks)}, layers, site=site)
-        result = lvlm.run(sample, [probe], logits="last", remote=remote)[probe]
-        means.append(result.means)  # fp32 [batch layer column d_model], NaN where a group is empty
-        counts.append(result.count)
+    numbers = batches_of(range(len(items)), batch)
+    parts = [[items[i] for i in some] for some in numbers]
+    bar = tqdm(numbers, desc="reading", unit="batch", disable=hidden)
+    with closing(samples_ahead(lvlm, parts)) as prepared:
+        for part, (sample,) in zip(bar, prepared, strict=True):
+            masks: list[Tensor] = []
+            trace = None if rules is None else trace_sinks(lvlm, sample, *rules, remote=remote)
+            for name, group in groups.items():
+                chosen: Any = getattr(group, "among", group)
+                try:
+                    chosen = chosen(trace) if callable(chosen) else chosen
+                    mask = sample.tokens.select(chosen, n_layers)
+                except SelectionError as error:
+                    raise InputError(f"The group {name!r}: {error}") from error
+                if isinstance(group, RandomGroup) and mask.ndim != 2:
+                    raise InputError(
+                        f"The group {name!r} draws among a mask of shape {tuple(mask.shape)}; expected "
+                        "the same candidates at all layers, [batch pos]. Write mask.all(dim=1) in the "
+                        "function."
+                    )
+                seeds = [(seed, number) for number in part]
+                masks += group.draw(mask, seeds) if isinstance(group, RandomGroup) else [mask]
+            probe = GroupMeans({str(i): mask for i, mask in enumerate(masks)}, layers, site=site)
+            result = lvlm.run(sample, [probe], logits="last", remote=remote)[probe]
+            means.append(
+                result.means
+            )  # fp32 [batch layer column d_model], NaN where a group is empty
+            counts.append(result.count)
     count = torch.cat(counts).numpy()
     columns = [name for name in groups for _ in range(getattr(groups[name], "repeats", 1))]
 

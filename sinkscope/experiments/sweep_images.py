@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from sinkscope.anatomy.context import Context
 from sinkscope.data import answers
 from sinkscope.data.answers import Answered, Asked, Score
-from sinkscope.data.batches import extend
+from sinkscope.data.batches import TokenScores, extend
 from sinkscope.detectors import Detector, NoSinks
 from sinkscope.detectors.detection import detect, visual_tokens
 from sinkscope.detectors.rules import STATE_SITE, decide
@@ -25,10 +25,11 @@ from sinkscope.models import LVLM, Sample
 from sinkscope.models.decoder import Given, decoder_inputs
 from sinkscope.models.prefix import capture_branches, resume_stem, resume_tails, why_not_shared
 from sinkscope.models.replay import capture, logits_at, resume
+from sinkscope.models.wrapping import on_device
 
 T = TypeVar("T")
 Line = dict[str, Any]
-Read = tuple[Tensor, Tensor]  # log-probabilities and greedy tokens of one row
+Read = tuple[Tensor, Tensor]  # log-probabilities and greedy tokens of some rows, on the device
 TAILS_PER_EDIT = 4  # that many take about the memory of one whole prompt: endings are short
 
 
@@ -143,19 +144,21 @@ def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tenso
 
 @torch.no_grad()
 def sweep_image(
-    lvlm: LVLM, group: Sequence[Numbered], rules: Rules, tick: Callable[[int], object]
+    lvlm: LVLM, group: Sequence[Numbered], samples: Sequence[Sample], rules: Rules, tick: Any
 ) -> tuple[list[Line], list[str]]:
     """Every cell of every question about an image, and notes; ``tick`` is told how many are done."""
-    samples = [lvlm.prepare(images=item.image, text=item.question) for _, item in group]
     first, end = samples[0].tokens, end_of_image(samples[0])
     sinks = v_sinks(lvlm, samples[0], rules.detector, rules.merge)
     givens: list[Given] = []
     prompts: list[Prompted] = []
     features = None
+    pixels = {k: v for k, v in samples[0].inputs.items() if k.startswith("pixel")}
+    pixels = on_device(pixels, lvlm.device)  # all these questions are about them
     for (index, item), sample in zip(group, samples, strict=True):
         asked = answers.ask(lvlm.tokenizer, (sample.texts or ("",))[0], item)
         for feed in asked.feeds:
-            given, features = decoder_inputs(lvlm, extend(sample.inputs, feed), features)
+            inputs = extend(sample.inputs, feed) | pixels
+            given, features = decoder_inputs(lvlm, inputs, features)
             givens.append(given)
         alike = torch.equal(sample.tokens.ids[0, :end], first.ids[0, :end])
         own = sinks[:end] if alike else v_sinks(lvlm, sample, rules.detector, rules.merge)
@@ -178,10 +181,17 @@ def sweep_image(
     return lines, notes
 
 
-def _read(captured: Any, reading: Any, hidden: Tensor, rows: Tensor) -> list[Read]:
+def _read(captured: Any, reading: Any, hidden: Tensor, rows: Tensor) -> Read:
     """Log-probabilities and greedy tokens of the rows of ``hidden``, the feeds ``rows`` of a reading."""
-    found = reading.of(logits_at(captured, hidden, reading.positions[rows]), rows)
-    return list(zip(*(part.split(1) for part in found), strict=True))
+    logits = logits_at(captured, hidden, reading.positions[rows])
+    found = TokenScores.of(logits, reading.tokens[rows])
+    return found.logprobs, found.greedy
+
+
+def _each(reads: Sequence[Read], many: int) -> list[Read]:
+    """The readings of ``many`` rows each, of those of some rows after others."""
+    logs, greedy = (torch.cat(side).split(many) for side in zip(*reads, strict=True))
+    return list(zip(logs, greedy, strict=True))
 
 
 def _alone(
@@ -200,11 +210,11 @@ def _alone(
                 scale = pad(factors, (0, captured.hidden.shape[1] - factors.shape[1]), value=1.0)
                 hidden = resume(captured, block, scale, rows=[0] * len(factors))
                 rows = torch.full((len(hidden),), row)
-                by_row.append(_read(captured, reading, hidden, rows))
-            return list(zip(*by_row, strict=True))
+                by_row.append(_each([_read(captured, reading, hidden, rows)], 1))
+            return [_each(reads, len(seen))[0] for reads in zip(*by_row, strict=True)]
 
-        plain = [_read(x, reading, x.hidden, torch.tensor([i]))[0] for i, x in enumerate(seen)]
-        base = _answers([prompt], plain)
+        plain = [_read(x, reading, x.hidden, torch.tensor([i])) for i, x in enumerate(seen)]
+        (base,) = _answers([prompt], _each(plain, len(plain)))
         for block in rules.cells.blocks:
             yield from _cells([prompt], base, block, rules, run)
 
@@ -221,20 +231,21 @@ def _shared(
     if (low := rules.l_detector) is not None:
         stems, ends, found = seen.stem.states, seen.tails.states, []
         for prompt, own in zip(prompts, rows, strict=True):  # padding of the ending included
-            states = {at: torch.cat([x, ends[at][own[:1]]], dim=1) for at, x in stems.items()}
+            one = slice(int(own[0]), int(own[0]) + 1)
+            states = {at: torch.cat([x, ends[at][one]], dim=1) for at, x in stems.items()}
             found.append(prompt.with_l_sinks(lvlm, low, states))
         prompts = found
 
-    def run(block: int, factors: Tensor, own: Tensor) -> list[list[Read]]:
+    def run(block: int, factors: Tensor, own: Tensor) -> list[Read]:
         past = resume_stem(seen, block, factors)
         edits = torch.arange(len(factors)).repeat_interleave(len(own))
         step, parts = TAILS_PER_EDIT * rules.batch.size, []
         for some in zip(edits.split(step), own.repeat(len(factors)).split(step), strict=True):
             hidden = resume_tails(seen, block, factors, past, *some)
-            parts += _read(seen.tails, reading, hidden, some[1])
-        return [parts[i : i + len(own)] for i in range(0, len(parts), len(own))]
+            parts.append(_read(seen.tails, reading, hidden, some[1]))
+        return _each(parts, len(own))
 
-    base = _answers(prompts, _read(seen.tails, reading, seen.tails.hidden, every))
+    (base,) = _answers(prompts, [_read(seen.tails, reading, seen.tails.hidden, every)])
     for block in rules.cells.blocks:
         alike: dict[tuple[int, ...], list[int]] = {}  # prompts by their L-sinks at this block
         for i, prompt in enumerate(prompts):
@@ -246,13 +257,17 @@ def _shared(
             yield from _cells(some, plain, block, rules, work, end)
 
 
-def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[Answered]:
-    rows, out = iter(reads), []
-    for prompt in prompts:
-        own = [next(rows) for _ in prompt.asked.feeds]
-        logs, greedy = ([part[0].tolist() for part in side] for side in zip(*own, strict=True))
-        out.append(answers.answered(prompt.asked, logs, greedy))
-    return out
+def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[list[Answered]]:
+    """Answers by edit, one reading each, and prompt; all readings leave the device here, at once."""
+    if not reads:
+        return []
+    logs, greedy = (iter(torch.cat(side).tolist()) for side in zip(*reads, strict=True))
+
+    def one(asked: Asked) -> Answered:
+        rows = ([next(side) for _ in asked.feeds] for side in (logs, greedy))
+        return answers.answered(asked, *rows)
+
+    return [[one(prompt.asked) for prompt in prompts] for _ in reads]
 
 
 def _cells(
@@ -260,17 +275,14 @@ def _cells(
     base: Sequence[Answered],
     block: int,
     rules: Rules,
-    run: Callable[[int, Tensor], Sequence[Sequence[Read]]],
+    run: Callable[[int, Tensor], list[Read]],
     end: int | None = None,
 ) -> Iterator[Line]:
-    """One line per question and pair; ``run`` gives the readings of all rows by edit of the first."""
+    """One line per question and pair; ``run`` gives the readings of all rows by edit."""
     first, pairs = prompts[0], rules.cells.pairs
     edits, edit_of = edits_of(first.sinks, first.visual, pairs, first.low.get(block))
-
-    def work(start: int, stop: int) -> list[list[Answered]]:
-        return [_answers(prompts, reads) for reads in run(block, edits[start:stop, :end])]
-
-    edited = rules.batch.chunks(len(edits), work)
+    reads = rules.batch.chunks(len(edits), lambda i, j: run(block, edits[i:j, :end]))
+    edited = _answers(prompts, reads)
     layer, unedited = "embed" if block == 0 else block - 1, "the base, without an edit"
     for i, prompt in enumerate(prompts):
         item, plain = prompt.asked.item, base[i]

@@ -5,8 +5,7 @@ import pickle
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from importlib.metadata import version
+from contextlib import closing, nullcontext
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_choice, check_whole, typed
+from sinkscope.data.ahead import samples_ahead
 from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
@@ -27,7 +27,7 @@ from sinkscope.experiments.statistics import BY
 from sinkscope.experiments.sweep_grid import Cells, Groups, Pair, SweepCost
 from sinkscope.experiments.sweep_images import Batch, Line, Rules, sweep_image
 from sinkscope.experiments.sweep_result import MANIFEST, Folder, Sweep, as_frame, as_table
-from sinkscope.files import check_place, held
+from sinkscope.files import check_place, held, version_of
 from sinkscope.models.loading import identity_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds
@@ -123,7 +123,7 @@ def sweep(
     settings |= {"dataset": _digest_of(items), "groups": len(groups)}
     settings |= {"grid": [list(pair) for pair in pairs], "layers": list(cells.layers)}
     settings |= {"score": name, "score_code": code, **said, "merge": merge, "notes": notes}
-    settings["versions"] = {p: version(p) for p in ("sinkscope", "torch", "transformers")}
+    settings["versions"] = {p: version_of(p) for p in ("sinkscope", "torch", "transformers")}
     folder = None if out is None else Folder(out, settings)
     low = found.l_rule if cells.with_l else None
     rules = Rules(cells, scoring, found.v, merge, Batch(batch, len(pairs)), low)
@@ -145,13 +145,14 @@ def _run(
     missing = list(range(len(groups))) if folder is None else folder.missing()
     total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
     bar = tqdm(total=total, initial=total - left, desc="sweeping", unit="cell", disable=hidden)
-    with bar:
+    parts = [[item for _, item in groups[i]] for i in missing]
+    with bar, closing(samples_ahead(lvlm, parts, apart=True)) as prepared:
         if missing:
             first = groups[missing[0]][0][1]
             sample = lvlm.prepare(images=first.image, text=first.question)
             check_replay(lvlm, sample.inputs, rules.cells.blocks)
-        for i in missing:
-            found, heard = sweep_image(lvlm, groups[i], rules, bar.update)
+        for i, samples in zip(missing, prepared, strict=True):
+            found, heard = sweep_image(lvlm, groups[i], samples, rules, bar.update)
             if folder is None:
                 lines += found
                 notes += heard

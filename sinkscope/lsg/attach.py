@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary, WeakMethod, WeakSet
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.attention import fit_keys
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg import passes
-from sinkscope.lsg.passes import ByIdentity, Gate, Pass
+from sinkscope.lsg.passes import Gate, Pass
 from sinkscope.models.decoder import share_keys
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.patch_map import MEASURING
@@ -29,6 +29,35 @@ from sinkscope.sites import Site
 CARRIED = "sinkscope_passes"
 """The argument of blocks that holds, by attachment, the pass that calls them."""
 ATTACHED: WeakKeyDictionary[Gate, WeakSet[Attachment]] = WeakKeyDictionary()
+
+
+class ByIdentity:
+    """Weak dictionary keyed by object identity."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Any, Any]] = {}
+
+    def put(self, key: Any, value: Any) -> None:
+        """Keep a value as long as the object lives."""
+        kept, number = self._kept, id(key)
+        try:
+            seen = ref(key, lambda _: kept.pop(number, None))
+        except TypeError as error:
+            raise no_cache(key) from error
+        kept[number] = (seen, value)
+
+    def get(self, key: Any) -> Any:
+        """What was kept for the object, or None."""
+        seen, value = self._kept.get(id(key), (None, None))
+        return value if seen is not None and seen() is key else None
+
+
+def no_cache(found: Any) -> InputError:
+    """The error of a cache that cannot be followed."""
+    return InputError(
+        f"Got a cache of type {type(found).__name__} for a gated model; expected one of transformers' "
+        "caches. Write past_key_values=DynamicCache()."
+    )
 
 
 class Attachment(AbstractContextManager["Attachment"]):
@@ -106,7 +135,7 @@ class Attachment(AbstractContextManager["Attachment"]):
         given = passes.arguments_of(module, args, kwargs)
         cache = given.get("past_key_values")
         if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
-            raise passes.no_cache(cache)
+            raise no_cache(cache)
         length = 0 if cache is None else int(cache.get_seq_length())
         before = self._passes.get(cache)
         now = passes.continued(before, given, length) if length else self._started(given)

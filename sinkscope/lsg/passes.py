@@ -9,29 +9,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Protocol
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.anatomy.towers import Anatomy
+from sinkscope.data.ahead import Batches
 from sinkscope.data.batches import (
     IGNORED,
     AnswerBatch,
     AnswerData,
     TokenScores,
     batches_of,
-    make_batch,
 )
 from sinkscope.detectors.choice import VisionTokens, detector_of, kept_tokens, rule_of
 from sinkscope.errors import InputError, InterventionError
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.config import GateConfig
+from sinkscope.models.decoder import moved
 from sinkscope.models.inputs import make_sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import Captured, capture, logits_at, resume
@@ -97,7 +97,7 @@ def vision_states(output: Any) -> Tensor:
 def placed(values: Mapping[str, Any], beside: Tensor) -> dict[str, Any]:
     """Values with all tensors on the device of ``beside``."""
     at = beside.device
-    return {k: v.to(at) if isinstance(v, Tensor) else v for k, v in values.items()}
+    return {k: moved(v, at) if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 class Pass:
@@ -116,27 +116,6 @@ class Pass:
         out, memory = Pass(self.tokens, self.last), self.state["memory"]
         out.state = {"step": step, "memory": {slot: dict(kept) for slot, kept in memory.items()}}
         return out
-
-
-class ByIdentity:
-    """Weak dictionary keyed by object identity."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[Any, Any]] = {}
-
-    def put(self, key: Any, value: Any) -> None:
-        """Keep a value as long as the object lives."""
-        kept, number = self._kept, id(key)
-        try:
-            seen = ref(key, lambda _: kept.pop(number, None))
-        except TypeError as error:
-            raise no_cache(key) from error
-        kept[number] = (seen, value)
-
-    def get(self, key: Any) -> Any:
-        """What was kept for the object, or None."""
-        seen, value = self._kept.get(id(key), (None, None))
-        return value if seen is not None and seen() is key else None
 
 
 def arguments_of(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,14 +139,6 @@ def images_of(given: Mapping[str, Any]) -> tuple[Any, Any]:
         what = "Got a video for a gated model; expected images, in which a gate finds its groups."
         raise InputError(f"{what} Pass frames as images, or write gate.detach() first.")
     return given.get("pixel_values"), encoded.get("image")
-
-
-def no_cache(found: Any) -> InputError:
-    """The error of a cache that cannot be followed."""
-    return InputError(
-        f"Got a cache of type {type(found).__name__} for a gated model; expected one of transformers' "
-        "caches. Write past_key_values=DynamicCache()."
-    )
 
 
 def started(lvlm: Any, given: Mapping[str, Any], images: Mapping[str, Tensor]) -> Pass:
@@ -233,6 +204,18 @@ class Shared:
     captured: Captured  # the decoder states that gates read
     vision: Mapping[int, Tensor]  # what the vision blocks that feed the projector wrote, by block
 
+    @cached_property
+    def placed(self) -> tuple[TokenMap, Tensor, Tensor]:
+        """Tokens, positions and targets of the batch beside the decoder's inputs, moved once for all gates."""
+        device, batch = self.captured.given["inputs_embeds"].device, self.batch
+
+        def there(part: Any) -> Any:
+            tensors = {k: v for k, v in vars(part).items() if isinstance(v, Tensor)}
+            return replace(part, **{k: moved(v, device) for k, v in tensors.items()})
+
+        tokens = replace(there(batch.tokens), vision=there(batch.tokens.vision))
+        return tokens, moved(batch.positions, device), moved(batch.targets, device)
+
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
@@ -293,17 +276,15 @@ def answer_losses(gates: Sequence[Gate], shared: Shared) -> Losses:
 
     Each gate reads what those before it left. Without gates it is the plain model, shared ``whole``.
     """
-    captured, batch = shared.captured, shared.batch
+    captured, (tokens, positions, targets) = shared.captured, shared.placed
     ordered = sorted(gates, key=lambda gate: gate.config.edited)
-    notes: dict[str, float] = {}
+    notes: dict[str, Tensor] = {}
 
     def factors(gate: Gate, state: Tensor) -> Tensor:
-        found = gate_signals(gate, batch.tokens, shared.vision, state)
-        means = found["coefficients"].detach().mean(dim=0).tolist()
-        notes.update(
-            {f"rho_{g}": value for g, value in zip(gate.config.groups, means, strict=True)}
-        )
-        visual = (batch.tokens.image >= 0).to(state.device)
+        found = gate_signals(gate, tokens, shared.vision, state)
+        means = found["coefficients"].detach().mean(dim=0).unbind()
+        notes.update(zip([f"rho_{g}" for g in gate.config.groups], means, strict=True))
+        visual = (tokens.image >= 0).to(state.device)
         return kernels.factors_of(found, visual, list(gate.config.groups))
 
     if ordered:
@@ -313,8 +294,8 @@ def answer_losses(gates: Sequence[Gate], shared: Shared) -> Losses:
         hidden = resume(captured, block, scale, later=later)
     else:
         hidden = captured.hidden
-    scores = TokenScores.of(logits_at(captured, hidden, batch.positions), batch.targets)
-    return Losses(scores.loss, batch.answer_tokens, scores.exact, notes)
+    scores = TokenScores.of(logits_at(captured, hidden, positions), targets)
+    return Losses(scores.loss, shared.batch.answer_tokens, scores.exact, notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,9 +307,14 @@ class GateObjective:
     data: AnswerData
     append_end: bool
 
-    def share(self, rows: Sequence[int], *, whole: bool = False) -> Shared:
-        """Compute the batch and the states that gates read; see `share`."""
-        batch = make_batch(self.lvlm, self.data, rows, append_end=self.append_end)
+    @cached_property
+    def batches(self) -> Batches:
+        """The batches; inside of a ``with`` block of them images are opened ahead."""
+        return Batches(self.lvlm, self.data, self.append_end)
+
+    def share(self, rows: Sequence[int], then: Any = (), *, whole: bool = False) -> Shared:
+        """Compute the batch and the states that gates read; see `share`, and ``then`` in `Objective`."""
+        batch = self.batches.of(rows, then)
         return share(self.lvlm, batch, [g.config.edited for g in self.gates.values()], whole=whole)
 
     def losses(self, shared: Shared, name: str) -> Losses:
@@ -340,8 +326,10 @@ class GateObjective:
     ) -> list[dict[str, float]]:
         """Compute loss and accuracy under each stack of gates; ``progress`` names a bar, "" shows none."""
         sums, parts = [Sums() for _ in stacks], list(batches_of(rows, batch))
-        for part in tqdm(parts, desc=progress, unit="batch", disable=not progress):
-            shared = self.share(part, whole=not all(stacks))
-            for stack, total in zip(stacks, sums, strict=True):
-                total.add(answer_losses(stack, shared))
+        bar = tqdm(parts, desc=progress, unit="batch", disable=not progress)
+        for part, then in zip(bar, [*parts[1:], ()], strict=True):
+            shared = self.share(part, then, whole=not all(stacks))
+            found = Sums.of([answer_losses(stack, shared) for stack in stacks])
+            for total, own in zip(sums, found, strict=True):
+                total.merge(own)
         return [total.line() for total in sums]

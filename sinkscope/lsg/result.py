@@ -219,7 +219,7 @@ def greedy_stack(
         lines = objective.means(stacks, range(len(data)), batch, what if shown else "")
         return [line[score] for line in lines]
 
-    with frozen(lvlm.module), torch.no_grad():
+    with frozen(lvlm.module), torch.no_grad(), objective.batches:
         base, *alone = scores([[], *([gate] for gate in given)], "one by one")
         found = list(zip(alone, given, strict=True))
         found.sort(key=lambda pair: pair[0] if score == "loss" else -pair[0])

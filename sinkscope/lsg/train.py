@@ -257,6 +257,7 @@ def train_lsg(
             accelerator.wait_for_everyone()
         stack.enter_context(frozen(lvlm.module))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(objective.batches)
         base = objective.means([[]], tested, settings.batch)[0] if tested else None
         loop.run()
     record = record_of(lvlm.name, facts, cost.to_dict(), loop, base)

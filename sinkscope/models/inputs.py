@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
@@ -43,6 +43,14 @@ class Sample:
         return int(self.tokens.ids.shape[0])
 
 
+class Processed(NamedTuple):
+    """What `process` makes of images and text, which `LVLM.prepare` takes as images."""
+
+    inputs: dict[str, Any]  # of the model, left-padded
+    rows: list[list[Image.Image]]  # images by row
+    prompts: list[str]  # after the chat template, by row
+
+
 def layout_of(anatomy: Anatomy) -> tuple[Any, ...]:
     """What a sample must agree with: family, ids and sizes, whatever kernel and weights."""
     towers = ((tower.n_layers, tower.d_model) for tower in (anatomy.vision, anatomy.language))
@@ -58,7 +66,9 @@ def make_sample(lvlm: Any, *given: Any, rendered: Any = False) -> Sample:
         got = "Got inputs together with images or text; expected either"
         raise InputError(f"{got}. Write prepare(inputs=...) or prepare(images=..., text=...).")
     raw, rows, prompts = inputs, [], []
-    if inputs is None and reads_words_only(module):
+    if isinstance(images, Processed):
+        raw, rows, prompts = images
+    elif inputs is None and reads_words_only(module):
         raw, prompts = process_words(processor, images, text, rendered=rendered)
     elif inputs is None:
         raw, rows, prompts = process(processor, images, text, rendered=rendered)
@@ -161,10 +171,8 @@ def _groups(ready: Inputs, many: int, sizes: Any) -> list[int]:
     return list(range(many))
 
 
-def process(
-    processor: Any, images: Any, text: Any, *, rendered: Any = False
-) -> tuple[dict, list, list[str]]:
-    """Model inputs, left-padded, images by row and prompts by row; see `LVLM.prepare`."""
+def process(processor: Any, images: Any, text: Any, *, rendered: Any = False) -> Processed:
+    """Open images and make model inputs of them and of text; see `LVLM.prepare`. No model is run."""
     rows, asked = as_rows(images, text)
     check_processor(processor, len(rows))
     if not isinstance(rendered, bool) or (rendered and not all(isinstance(a, str) for a in asked)):
@@ -172,7 +180,7 @@ def process(
         raise InputError(f"{got}; expected True for finished prompts, each a str, or False.")
     pairs = enumerate(zip(rows, asked, strict=True))
     prompts = [render(processor, len(r), one, rendered=rendered, row=i) for i, (r, one) in pairs]
-    return encode(processor, rows, prompts), rows, prompts
+    return Processed(encode(processor, rows, prompts), rows, prompts)
 
 
 def encode(processor: Any, rows: list[list[Any]], prompts: list[str]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,7 +19,7 @@ from sinkscope.anatomy.discovery import read_anatomy
 from sinkscope.anatomy.families import HINTS
 from sinkscope.anatomy.towers import MEASURED, BlockProof, HeadProof
 from sinkscope.errors import CheckpointError
-from sinkscope.files import cache_folder, read_json, seal, unseal, write_whole
+from sinkscope.files import cache_folder, read_json, seal, unseal, version_of, write_whole
 from sinkscope.models.inputs import Sample, reads_words_only
 from sinkscope.models.patch_map import PatchMaps
 from sinkscope.models.proofs import verify_anatomy
@@ -158,7 +157,7 @@ def _versions() -> tuple[str, ...]:
     here = Path(__file__).parents[1]
     files = (file for room in ROOMS for file in sorted((here / room).glob("*.py")))
     own = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=16)
-    return (*(f"{name} {version(name)}" for name in VERSIONS), own.hexdigest())
+    return (*(f"{name} {version_of(name)}" for name in VERSIONS), own.hexdigest())
 
 
 def _structure(module: nn.Module) -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkscope.models.decoder import Given
+from sinkscope.models.decoder import Given, moved
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import Captured, capture, map_tensors, resume, row_axis
 from sinkscope.models.wrapping import Inputs
@@ -50,9 +50,11 @@ class KeyValues:
 
     def cache(self, rows: Tensor) -> Cache:
         """A cache that begins with them; ``rows``, int ``[row]``, says which row each row continues."""
+        devices = {pair[0].device for pair in self.by_block if pair}
+        at = {device: moved(rows, device) for device in devices}  # once, not for every block
 
         def chosen(states: Tensor) -> Tensor:
-            return states.index_select(0, rows.to(states.device))
+            return states.index_select(0, at[states.device])
 
         pairs = (pair and (chosen(pair[0]), chosen(pair[1])) for pair in self.by_block)
         return Cache(layers=[_Past(self.length, pair) for pair in pairs])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.kernels.residual import logits_of
-from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, scaled_keys
+from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, moved, scaled_keys
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import Inputs, lent, on_device, undisturbed
 
@@ -103,7 +103,7 @@ def resume(
             they read, ``[row pos d_model]``, after the edits before them; or None.
     """
     state, n, deciding = captured.state(block), len(captured), later or {}
-    index = torch.arange(n) if rows is None else torch.as_tensor(rows)
+    index = torch.arange(n) if rows is None else torch.as_tensor(rows)  # on the host
     if index.ndim != 1 or not len(index) or int(index.min()) < 0 or int(index.max()) >= n:
         wanted = f"expected indices of captured rows, from 0 to {n - 1}"
         raise InputError(f"Got rows={index.tolist()}; {wanted}.")
@@ -113,12 +113,14 @@ def resume(
         got = f"Got factors of shape {tuple(factors.shape)}; expected [row key] = {list(expected)}"
         raise InputError(f"{got}, one factor per key and 1 where nothing is edited.")
 
+    index = moved(index, state.device)
+
     def pick(name: str, value: Tensor) -> Tensor:
         axis = row_axis(name, value)
         shared = value.shape[axis] == 1 < n
         return value if shared else value.index_select(axis, index.to(value.device))
 
-    state = state.index_select(0, index.to(state.device))
+    state = state.index_select(0, index)
     given = map_tensors(pick, captured.given)
     if block:  # what a decoder does to its embeddings before block 0 must not be done to a state
         given["inputs_embeds"] = state
@@ -156,7 +158,7 @@ def _reading(
 
 def _scaling(factors: Mapping[int, Tensor], block: int) -> KeyEdit:
     """Multiply the keys of a block with its factors ``[row key]``, rounded once."""
-    return lambda key: (key * factors[block].to(key.device)[:, None, :, None]).to(key.dtype)
+    return lambda key: (key * moved(factors[block], key.device)[:, None, :, None]).to(key.dtype)
 
 
 def _decode(module: Any, given: Inputs, cache: Any = None) -> Tensor:
@@ -207,7 +209,7 @@ def logits_at(captured: Captured, hidden: Tensor, positions: Tensor | None = Non
     ``hidden`` ``[row pos d_model]`` stands after the final norm; ``positions`` int ``[row n]``, None for all.
     """
     if positions is not None:
-        index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
+        index = moved(positions, hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
         hidden = hidden.gather(1, index)
     module: Any = captured.module
     lens = captured.anatomy.lens

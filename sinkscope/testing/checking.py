@@ -3,7 +3,6 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pandas as pd
 
 from sinkscope.checks import check_whole, typed
 from sinkscope.errors import InputError, ModelError, SinkscopeError
+from sinkscope.files import version_of
 from sinkscope.models import LVLM, Sample
 from sinkscope.models.inputs import reads_words_only
 from sinkscope.results import Record, Result
@@ -108,7 +108,7 @@ def facts_of(case: Case) -> tuple[tuple[str, str], ...]:
     return (
         ("model", Path(name).name if Path(name).exists() else name),
         ("class", f"{type(model).__name__} ({model.config.model_type})"),
-        ("versions", ", ".join(f"{name} {version(name)}" for name in VERSIONS)),
+        ("versions", ", ".join(f"{name} {version_of(name)}" for name in VERSIONS)),
         ("device", f"{case.lvlm.device.type}, {str(model.dtype).removeprefix('torch.')}"),
         ("attention", ", ".join(kernels)),
     )

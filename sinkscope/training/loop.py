@@ -1,12 +1,16 @@
 """Train named parameters on batches of records, with checkpoints, validation and early ends."""
 
+from __future__ import annotations
+
 import json
+import math
 import re
 import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -32,14 +36,14 @@ class Losses:
     total: Tensor  # the sum of the next-token losses of all ``tokens`` of answers, in nats
     tokens: int
     correct: Tensor  # bool ``[row]``: whether greedy decoding writes the answer
-    notes: Mapping[str, float]  # means over the rows to keep in the history, by name
+    notes: Mapping[str, Tensor]  # means over the rows to keep in the history, one number by name
 
 
 class Objective(Protocol):
     """What to train for."""
 
-    def share(self, rows: Sequence[int]) -> Any:
-        """Compute once, without gradient, what all trainees need of some rows."""
+    def share(self, rows: Sequence[int], then: Sequence[int] = ()) -> Any:
+        """Compute once, without gradient, what all trainees need of some rows; ``then`` are the next."""
 
     def losses(self, shared: Any, name: str) -> Losses:
         """Compute the losses of these rows for one trainee, with a graph if gradients are on."""
@@ -49,12 +53,17 @@ class Objective(Protocol):
 class Sums(dict[str, float]):
     """Sums over rows, of one trainee: loss, tokens, rows, correct, and notes by name."""
 
-    def add(self, losses: Losses) -> None:
-        """Add a batch."""
-        rows, total = len(losses.correct), float(losses.total.detach())
-        more = {"loss": total, "tokens": losses.tokens, "rows": rows}
-        notes = {name: value * rows for name, value in losses.notes.items()}
-        self.merge(notes | more | {"correct": int(losses.correct.sum())})
+    @classmethod
+    def of(cls, losses: Sequence[Losses]) -> list[Sums]:
+        """The sums of one batch for every trainee, which leave the device here, at once."""
+        every = [[one.total.detach(), one.correct.sum(), *one.notes.values()] for one in losses]
+        told = iter(torch.stack([x for own in every for x in own]).tolist() if every else ())
+        out = []
+        for one in losses:
+            rows, loss, correct = len(one.correct), next(told), int(next(told))
+            more = {"loss": loss, "tokens": one.tokens, "rows": rows, "correct": correct}
+            out.append(cls({name: next(told) * rows for name in one.notes} | more))
+        return out
 
     def merge(self, other: Mapping[str, float]) -> None:
         """Add the sums of other rows."""
@@ -116,6 +125,12 @@ class Trainee:
             self.ended = bool(patience) and self.waited >= patience
 
 
+@lru_cache(maxsize=2)
+def _order(many: int, seed: int) -> list[int]:
+    """An order of so many rows."""
+    return torch.randperm(many, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 @dataclass(eq=False)
 class Loop:
     """Train ``trainees`` for an ``objective``."""
@@ -140,6 +155,7 @@ class Loop:
         self.writes = a is None or a.is_main_process
         self.per_epoch = self.settings.per_epoch(len(self.rows), self.processes)
         self.steps = self.per_epoch * self.settings.epochs
+        self.every = self.settings.evaluate_every or self.per_epoch
         lr, decay = self.settings.lr, self.settings.weight_decay
         for trainee in self.trainees:
             given = list(trainee.parameters.values())
@@ -163,7 +179,7 @@ class Loop:
             while self.step < self.steps and self._active:
                 self._one_step(bar)
                 done = self.step == self.steps
-                if done or self.step % (self.settings.evaluate_every or self.per_epoch) == 0:
+                if done or self.step % self.every == 0:
                     self._validate()
                 if done or self.step % self.checkpoint_every == 0 or not self._active:
                     self._save()
@@ -202,8 +218,7 @@ class Loop:
     def plan(self, step: int) -> list[tuple[int, ...]]:
         """The rows of a step for this process, in groups; each epoch has its own order, by the seed."""
         epoch, place = divmod(step, self.per_epoch)
-        made = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.rows), generator=made).tolist()
+        order = _order(len(self.rows), self.settings.seed * 1_000_003 + epoch)
         size = self.settings.batch * self.settings.accumulate * self.processes
         return self._own([self.rows[i] for i in order[place * size :][:size]])
 
@@ -211,17 +226,29 @@ class Loop:
         """This process' share of rows, in groups."""
         return list(batches_of(rows[self.place :: self.processes], self.settings.batch))
 
+    def _then(self, step: int, *, looked: bool = False) -> tuple[int, ...]:
+        """The rows that are read first behind this many steps: to validate, unless ``looked``, or to train."""
+        groups = self.plan(step) if step < self.steps else []
+        if self.held and not looked and (step == self.steps or step % self.every == 0):
+            groups = self._own(self.held)
+        return groups[0] if groups else ()
+
     def _one_step(self, bar: Any) -> None:
         before, lr, a = self._active, self.settings.lr_at(self.step, self.steps), self.accelerator
         for trainee in before:
             trainee.optimizer.zero_grad()
-        for trainee, total in self._summed(self.plan(self.step), lr, train=True):
+        then = self._then(self.step + 1)
+        summed, lengths = self._summed(self.plan(self.step), then, lr, train=True), []
+        for trainee, total in summed:
             parameters = list(trainee.parameters.values())
             for parameter in parameters:  # the mean gradient of all answer tokens of all processes
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 whole: Any = own if a is None else a.reduce(own, "sum")
                 parameter.grad = whole / total["tokens"]
             length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
+            lengths.append(length)
+        every = torch.stack(lengths).tolist() if lengths else []  # they leave the device at once
+        for (trainee, total), length in zip(summed, every, strict=True):
             if self._finite(length, trainee, "gradient", lr):
                 trainee.optimizer.param_groups[0]["lr"] = lr
                 trainee.optimizer.step()
@@ -235,39 +262,44 @@ class Loop:
     def _validate(self) -> None:
         """Keep the weights of the lowest validation loss; without a validation part, the newest."""
         lr = self.settings.lr
-        for trainee, total in self._summed(self._own(self.held), lr) if self.held else ():
+        then, groups = self._then(self.step, looked=True), self._own(self.held)
+        for trainee, total in self._summed(groups, then, lr) if self.held else ():
             self._note(trainee, "validation", self.step, total, None)
             trainee.keep_best(total.line()["loss"], self.step, self.settings.patience)
         for trainee in () if self.held else self._active:
             weights = torch.cat([p.flatten() for p in trainee.parameters.values()])
-            if self._finite(weights, trainee, "weight", lr):
+            good = 0.0 if bool(weights.isfinite().all()) else math.nan
+            if self._finite(good, trainee, "weight", lr):
                 trainee.keep_best(None, self.step, 0)
 
     def _summed(
-        self, groups: Sequence[Sequence[int]], lr: float, *, train: bool = False
+        self, groups: Sequence[Any], then: Sequence[int], lr: float, *, train: bool = False
     ) -> list[tuple[Trainee, Sums]]:
         """Every active trainee with its sums over rows of all processes; ``train`` adds gradients."""
         sums = {trainee.name: Sums() for trainee in self._active}
-        for rows in groups:
+        for at, rows in enumerate(groups):
             with torch.no_grad():
-                shared = self.objective.share(rows)
-            for trainee in self._active:
+                shared = self.objective.share(rows, [*groups, then][at + 1])
+            active, found = self._active, []
+            for trainee in active:
                 losses = self.objective.losses(shared, trainee.name)
-                if self._finite(losses.total, trainee, "loss", lr):
-                    if train:
-                        losses.total.backward()
-                    sums[trainee.name].add(losses)
+                if train:  # also of a loss that is not finite, whose trainee ends below
+                    losses.total.backward()
+                found.append(replace(losses, total=losses.total.detach()))
+            for trainee, own in zip(active, Sums.of(found), strict=True):
+                if self._finite(own["loss"], trainee, "loss", lr):
+                    sums[trainee.name].merge(own)
         for name, own in sums.items() if self.processes > 1 else ():
             sums[name] = Sums()
             for part in gather_object([own]):
                 sums[name].merge(part)
         return [(trainee, sums[trainee.name]) for trainee in self._active]
 
-    def _finite(self, value: Tensor, trainee: Trainee, what: str, lr: float) -> bool:
-        """Whether all numbers are finite; if not, their trainee ends, or all do: see `run`."""
-        if bool(value.isfinite().all()):
+    def _finite(self, value: float, trainee: Trainee, what: str, lr: float) -> bool:
+        """Whether a number is finite; if not, its trainee ends, or all do: see `run`."""
+        if math.isfinite(value):
             return True
-        found = f" of {float(value.detach())}" if value.numel() == 1 else ""
+        found = "" if what == "weight" else f" of {value}"
         trainee.ended = True
         trainee.failed = (
             f"Got a {what}{found} for {trainee.name!r} in step {self.step + 1}, at lr={lr:.2g}; "

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 import sinkscope as ss
 from sinkscope.errors import InputError, InterventionError
-from sinkscope.lsg.passes import ByIdentity, arguments_of
+from sinkscope.lsg.attach import ByIdentity
+from sinkscope.lsg.passes import arguments_of
 from sinkscope.models.patch_map import MEASURING
 from sinkscope.testing import TINY, random_image
 from tests.lsg.conftest import vision_states
