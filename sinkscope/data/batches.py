@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from sinkscope.checks import check_whole, is_number
 from sinkscope.data.items import Lazy, check_texts, read_record
 from sinkscope.errors import InputError
-from sinkscope.models.decoder import moved
 from sinkscope.models.inputs import Processed, process
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, marks_of, question_of
+from sinkscope.models.wrapping import moved
 from sinkscope.tokens import TokenMap
 
 IGNORED = -100  # the label of positions whose prediction does not count, as in PyTorch

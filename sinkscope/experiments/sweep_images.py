@@ -114,8 +114,8 @@ class Prompted:
             for read in reads:
                 state = states[read.site.layer][:, : self.last + 1]
                 given = resolve(None, read.parameters, state.device, {})
-                told[read.site] = brought(detached(read.kernel(state, {}, **given)))
-            result = probe.finish(told, context)
+                told[read.site] = detached(read.kernel(state, {}, **given))
+            result = probe.finish(brought(told), context)
             mask = decide(rule, result, visual, live, "language", anatomy).mask[0]
         else:
             mask = detect(lvlm, self.sample, rule, layers=blocks).mask[0]

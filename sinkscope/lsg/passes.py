@@ -31,11 +31,10 @@ from sinkscope.errors import InputError, InterventionError
 from sinkscope.kernels import gating as kernels
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.lsg.config import GateConfig
-from sinkscope.models.decoder import moved
 from sinkscope.models.inputs import make_sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import Captured, capture, logits_at, resume
-from sinkscope.models.wrapping import evaluated
+from sinkscope.models.wrapping import evaluated, moved
 from sinkscope.protocols import Edit
 from sinkscope.sites import Site
 from sinkscope.tokens import TokenMap

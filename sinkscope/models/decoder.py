@@ -35,11 +35,6 @@ class Ended(Exception):  # noqa: N818  it ends a pass; nothing went wrong
     """Leaves a forward pass where nothing more of it is wanted."""
 
 
-def moved(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; from the host to a GPU without a wait for what still runs there."""
-    return value.to(device, non_blocking=device.type == "cuda" and value.device.type == "cpu")
-
-
 def decoder_inputs(lvlm: Any, inputs: Inputs, features: Any = None) -> tuple[Given, Any]:
     """The decoder's keyword arguments for a batch, and the image features, None if there are none.
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from sinkscope.models.decoder import Given, moved
+from sinkscope.models.decoder import Given
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.replay import Captured, capture, map_tensors, resume, row_axis
-from sinkscope.models.wrapping import Inputs
+from sinkscope.models.wrapping import Inputs, moved
 
 Pair = tuple[Tensor, Tensor]
 

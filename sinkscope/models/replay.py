@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.errors import InputError, LayerError, ModelError
 from sinkscope.kernels.residual import logits_of
-from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, moved, scaled_keys
+from sinkscope.models.decoder import Ended, Given, KeyEdit, decoder_inputs, scaled_keys
 from sinkscope.models.lvlm import LVLM
-from sinkscope.models.wrapping import Inputs, lent, on_device, undisturbed
+from sinkscope.models.wrapping import Inputs, lent, moved, on_device, undisturbed
 
 
 @dataclass(frozen=True, eq=False)

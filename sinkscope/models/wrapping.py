@@ -299,4 +299,9 @@ class Places:
 
 def on_device(inputs: Inputs, device: torch.device) -> dict[str, Any]:
     """The inputs with their tensors on a device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return {k: moved(v, device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; from the host to a GPU without a wait for what still runs there."""
+    return value.to(device, non_blocking=device.type == "cuda" and value.device.type == "cpu")
