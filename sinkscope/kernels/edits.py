@@ -92,6 +92,9 @@ def masked(named, rest, bias):
     query, mask = named["query"], named["attention_mask"]
     n_query, n_key = query.shape[2], named["key"].shape[2]
     lowest = torch.finfo(query.dtype).min
+    if mask is not None and not torch.is_tensor(mask):  # flex attention's, which holds a function
+        options = mask.mask_mod, len(query), 1, n_query, n_key
+        mask = torch.nn.attention.flex_attention.create_mask(*options, device=query.device)
     if mask is None:
         mask = torch.ones(1, 1, n_query, n_key, dtype=torch.bool, device=query.device)
         if is_causal(named, rest) and n_query > 1:

@@ -287,6 +287,7 @@ def _room(asked: Asked) -> Said:
     """Room for a register, and neurons to move."""
     reasons = {
         "images share one sequence: registers have no place in it": asked.tower.packed,
+        "flex attention makes its masks for the image's own tokens": FLEX(asked),
         "its MLPs have no last linear map, so no neurons": not all(asked.tower.neurons),
         f"the projector reads several blocks, {asked.feeds}": len(asked.feeds) > 1,
     }
@@ -294,6 +295,7 @@ def _room(asked: Asked) -> Said:
 
 
 HALVED, FLASH, LEARNED = map(attrgetter, ("half", "flash", "tower.learned_sink"))
+FLEX: Callable[[Asked], bool] = lambda asked: "flex" in asked.tower.kernel
 LESS = "a learned sink takes a share: {} sum to less than 1"
 AGAIN = (
     _call,
@@ -328,6 +330,7 @@ RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
         "gradients": (
             _call,
             when("unavailable", "{flash} has no fp32 gradient: load with 'sdpa' or 'eager'", FLASH),
+            when("unavailable", "{tower.kernel} has no gradient: load with 'sdpa' or 'eager'", FLEX),
             _shared_heads,
             when("exact", LESS.format("rows"), LEARNED),
         ),
