@@ -7,7 +7,6 @@ Only the functions of the packages are replaced. What `transformers` does around
 import torch
 from transformers import PreTrainedModel, modeling_flash_attention_utils, modeling_utils
 
-FLASH = ("flash_attention_2", "flash_attention_3")
 TAKES = {"dtypes": (torch.float16, torch.bfloat16)}
 
 

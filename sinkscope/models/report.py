@@ -106,9 +106,9 @@ def make_report(lvlm: Any) -> Report:
     for tower in (a.vision, a.language):
         dtype = dtype_of(lvlm.module.get_submodule(tower.blocks[0])) if tower.blocks else None
         half = str(dtype).removeprefix("torch.") if dtype in HALF else ""
-        flash = tower.kernel if "flash" in tower.kernel else ""
+        flash, flex = (tower.kernel * (kind in tower.kernel) for kind in ("flash", "flex"))
         mass = HALF.get(dtype, "") if dtype else ""
-        towers.append(Asked(tower, half, mass, flash, a.feed_layers, a.lens.why))
+        towers.append(Asked(tower, half, mass, flash, flex, a.feed_layers, a.lens.why))
 
     def verdicts(room: ModuleType, **more: str) -> tuple[Verdict, ...]:
         names = [name for name in room.__all__ if name != "LayerProbe"]  # which is a base
@@ -185,12 +185,13 @@ def missing(things: Iterable[Any]) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """A tower, and as text, "" if none: its half precision, the tolerance of that, its flash kernel."""
+    """A tower, and as text, "" if none: its half precision, the tolerance of that, its flash or flex kernel."""
 
     tower: TowerAnatomy
     half: str
     mass: str
     flash: str
+    flex: str
     feeds: tuple[int, ...]
     lens: str
 
@@ -287,15 +288,15 @@ def _room(asked: Asked) -> Said:
     """Room for a register, and neurons to move."""
     reasons = {
         "images share one sequence: registers have no place in it": asked.tower.packed,
-        "flex attention makes its masks for the image's own tokens": FLEX(asked),
+        f"{asked.flex} makes its masks for the image's own tokens": asked.flex,
         "its MLPs have no last linear map, so no neurons": not all(asked.tower.neurons),
         f"the projector reads several blocks, {asked.feeds}": len(asked.feeds) > 1,
     }
     return next((("unavailable", why) for why in reasons if reasons[why]), None)
 
 
-HALVED, FLASH, LEARNED = map(attrgetter, ("half", "flash", "tower.learned_sink"))
-FLEX: Callable[[Asked], bool] = lambda asked: "flex" in asked.tower.kernel
+NAMES = ("half", "flash", "flex", "tower.learned_sink")
+HALVED, FLASH, FLEX, LEARNED = map(attrgetter, NAMES)
 LESS = "a learned sink takes a share: {} sum to less than 1"
 AGAIN = (
     _call,
@@ -330,7 +331,7 @@ RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
         "gradients": (
             _call,
             when("unavailable", "{flash} has no fp32 gradient: load with 'sdpa' or 'eager'", FLASH),
-            when("unavailable", "{tower.kernel} has no gradient: load with 'sdpa' or 'eager'", FLEX),
+            when("unavailable", "{flex} has no gradient: load with 'sdpa' or 'eager'", FLEX),
             _shared_heads,
             when("exact", LESS.format("rows"), LEARNED),
         ),
