@@ -146,3 +146,16 @@ def test_decode_steps_and_gates_are_equal(kernels, kernel, name):
             same(step[mass].mass, other[mass].mass, number)
             same(step[mass].null, other[mass].null, number)
     assert all(map(torch.equal, steps[kernel][2:], steps[base][2:]))
+
+
+def test_sweeps_are_equal(kernels):
+    module, processor = BUILDERS["llava-clip-llama"]()
+    lvlm, tables = ss.LVLM(module, processor), []
+    asked = ["what is it", "how many red shapes are there ?"]
+    data = [dict(image=random_image(), image_id="a", question=q, answer="red") for q in asked]
+    for kernel in ("sdpa", "flash_attention_2"):
+        module.set_attn_implementation(kernel)
+        swept = ss.sweep(lvlm, data, layers=[1], v_detector=ss.detectors.Norm(0.1), progress=False)
+        tables.append(swept.to_dataframe().select_dtypes("number"))
+    assert float((tables[0] - tables[1]).abs().max().max()) < 1e-4
+    assert tables[0].logprob.nunique() > 2
