@@ -205,9 +205,8 @@ def judge(need: str, asked: Asked) -> tuple[Status, str]:
     if not asked.tower.blocks:
         return "unavailable", asked.tower.missing
     found = [said for condition in RULES[need] if (said := condition(asked))]
-    for said in found:
-        if said[0] == "unavailable":
-            return said
+    if refused := [said for said in found if said[0] == "unavailable"]:
+        return refused[0]
     approximate = any(status == "approximate" for status, _ in found)
     return "approximate" if approximate else "exact", "; ".join(why for _, why in found)
 
@@ -257,11 +256,8 @@ def _partly(tower: TowerAnatomy, works: Sequence[int], reasons: Iterable[str]) -
     if len(works) == tower.n_layers:
         return None
     why = next(filter(None, reasons), "").partition(";")[0]
-    return (
-        ("exact", f"on {blocks_of(works)} of {tower.n_layers}: {why}")
-        if works
-        else ("unavailable", why)
-    )
+    where = f"on {blocks_of(works)} of {tower.n_layers}: " if works else ""
+    return ("exact" if works else "unavailable", where + why)
 
 
 def _shared_heads(asked: Asked) -> Said:
@@ -295,8 +291,8 @@ def _room(asked: Asked) -> Said:
     return next((("unavailable", why) for why in reasons if reasons[why]), None)
 
 
-NAMES = ("half", "flash", "flex", "tower.learned_sink")
-HALVED, FLASH, FLEX, LEARNED = map(attrgetter, NAMES)
+HALVED, FLASH, FLEX = map(attrgetter, ("half", "flash", "flex"))
+LEARNED = attrgetter("tower.learned_sink")
 LESS = "a learned sink takes a share: {} sum to less than 1"
 AGAIN = (
     _call,
