@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from sinkscope.errors import ModelError
-
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 LOOK_UPS = ("get_interface", REGISTRY)
 LOOPS = (ast.ListComp, ast.GeneratorExp, ast.For, ast.While)
@@ -152,14 +150,3 @@ def read_attention_call(module: nn.Module, path: str) -> AttentionCall | NoAtten
         )
     fires = "per window" if operations[calls[0]].in_loop else "once"
     return AttentionCall(f"{name}_{binds[-1]}", f"{name}_{calls[0]}", fires)
-
-
-def check_kernels(config: Any) -> None:
-    """Refuse flex attention, whose masks are no tensors: calls cannot be asked with others."""
-    seen = getattr(config, "vision_config", None)
-    for tower, part in (("vision", seen), ("language", config.get_text_config())):
-        if "flex" in kernel_of(part):
-            raise ModelError(
-                f"Got attn_implementation={kernel_of(part)!r} in the {tower} tower; expected 'sdpa', "
-                "'eager' or a flash kernel. Write model.set_attn_implementation('sdpa')."
-            )

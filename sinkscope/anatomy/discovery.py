@@ -12,7 +12,6 @@ from sinkscope.anatomy.attention_call import (
     AttentionCall,
     NoAttentionCall,
     calls_attention,
-    check_kernels,
     kernel_of,
     read_attention_call,
     source_of,
@@ -35,12 +34,10 @@ LEARNED_SINKS = ("sinks", "sink", "s_aux")
 
 def read_anatomy(model: Any) -> Anatomy:
     """Find the anatomy of a model of ``transformers`` with a decoder; meta tensors suffice. What the towers
-    exchange is as the config declares it. ModelError if there is no decoder, or a kernel is not supported.
-    """
+    exchange is as the config declares it. ModelError if there is no decoder."""
     if wrong := _wrong_with(model):
         raise ModelError(f"Got a {type(model).__name__}{wrong}")
     config, hint = model.config, HINTS.get(model.config.model_type, Family())
-    check_kernels(config)
     paths = {id(module): path for path, module in model.named_modules()}
     for name in ("vision_tower", "projector", "decoder"):
         if (path := getattr(hint, name)) not in ("", *paths.values()):

@@ -177,6 +177,11 @@ class TestTimeRegister(base.BaseEdit, needs="registers"):
                 f"The projector reads blocks {(*before, last)}; expected one. Registers would reach it "
                 "through the earlier ones."
             )
+        if "flex" in context.tower("vision").kernel:
+            raise InterventionError(
+                "Got TestTimeRegister under flex attention, whose masks are made for the tokens of the image; "
+                "expected another kernel. Write lvlm.module.set_attn_implementation('sdpa')."
+            )
         count = context.tower("vision").d_mlp
         if not count:
             raise ModelError(

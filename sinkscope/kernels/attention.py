@@ -17,6 +17,7 @@ sequence. A call is ``(function, positional arguments, keyword arguments)`` as i
 
 import torch
 
+WRITTEN = ("sdpa_attention_forward", "eager_attention_forward")  # they take any mask
 NAMES = ("module", "query", "key", "value", "attention_mask")
 
 
@@ -53,7 +54,7 @@ def ask(call, query=None, key=None, value=None, float32=False, keep=None):
     elif keep is not None:
         tensors[2] = tensors[2] * keep[:, None, :, None].to(named["value"].dtype)
     tensors = [t.float() for t in tensors] if float32 else tensors
-    if mask is not None and mask.is_floating_point():
+    if torch.is_tensor(mask) and mask.is_floating_point():
         mask = mask.float().clamp(min=torch.finfo(torch.float32).min) if float32 else mask
         mask = mask.to(tensors[0].dtype)
     device = tensors[0].device.type
@@ -205,11 +206,12 @@ def shared_null(state, call, mark, make, *options):
     """What ``make(call, *options)`` gives, once per run for calls whose queries see the same keys."""
     named, rest = arguments(call)
     mask, own = named["attention_mask"], id(named["module"]) if takes_sink(named, rest) else None
-    seen = (id(mask), rest.get("sliding_window"), is_causal(named, rest), own)
+    ends = rest.get("cu_seq_lens_q")  # in a packed tower under a flash kernel these are the windows
+    seen = (id(mask), id(ends), rest.get("sliding_window"), is_causal(named, rest), own)
     key = (mark, seen, tuple(named["query"].shape))
     if key not in state:
-        # The mask is kept so that its id cannot be given to another one.
-        state[key] = (make(one_head(call), *options), mask)
+        # The mask is kept so that its id cannot be given to another one, and so are the windows.
+        state[key] = (make(one_head(call), *options), mask, ends)
     return state[key][0]
 
 

@@ -10,7 +10,14 @@ import math
 
 import torch
 
-from sinkscope.kernels.attention import arguments, fit_keys, is_causal, learned_sink, weigh_values
+from sinkscope.kernels.attention import (
+    WRITTEN,
+    arguments,
+    fit_keys,
+    is_causal,
+    learned_sink,
+    weigh_values,
+)
 from sinkscope.kernels.edited_call import (
     column,
     effect_of,
@@ -77,7 +84,10 @@ def edit_logits(call, state, span, found, factor, measure):
     mark = ("bias", id(keys), bias)
     if mark not in state:
         row = torch.zeros(keys.shape, device=keys.device).masked_fill(keys, bias)
-        state[mark] = bias_keys(row, largest=abs(bias), explicit=knows_float32(call)), keys
+        state[mark] = (
+            bias_keys(row, largest=abs(bias), explicit=getattr(call[0], "__name__", "") in WRITTEN),
+            keys,
+        )
     change = state[mark][0]
     after = with_change(call, state, None if whole else gate, change)
 
@@ -175,6 +185,9 @@ def masked(named, rest, bias):
     query, mask = named["query"], named["attention_mask"]
     n_query, n_key = query.shape[2], named["key"].shape[2]
     lowest = torch.finfo(query.dtype).min
+    if mask is not None and not torch.is_tensor(mask):  # flex attention's, which holds a function
+        options = mask.mask_mod, len(query), 1, n_query, n_key
+        mask = torch.nn.attention.flex_attention.create_mask(*options, device=query.device)
     if mask is None:
         mask = torch.ones(1, 1, n_query, n_key, dtype=torch.bool, device=query.device)
         if is_causal(named, rest) and n_query > 1:

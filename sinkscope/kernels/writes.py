@@ -212,9 +212,11 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     scale = made["scale"] * live[:, -made["scale"].shape[1] :]
     written = made["written"] * scale[:, :, None, None]
     # U U^T and G^1/2 Y^T Y G^1/2 share their nonzero eigenvalues; the latter is d_head x d_head.
-    values, vectors = torch.linalg.eigh(gram)
+    # MPS has no eigenvalues, so they are taken on the CPU there.
+    here = "cpu" if gram.device.type == "mps" else gram.device
+    values, vectors = torch.linalg.eigh(gram.to(here))
     root = vectors * values.clamp(min=0).sqrt()[:, None]
-    inner = torch.einsum("bqhd,bqhe->bhde", written, written)
+    inner = torch.einsum("bqhd,bqhe->bhde", written, written).to(here)
     inner = torch.einsum("hdi,bhde,hej->bhij", root, inner, root)
     spectrum = torch.linalg.eigvalsh(inner).clamp(min=0)
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)

@@ -255,6 +255,6 @@ def weights_digest(module: nn.Module) -> str:
             flat = getattr(part, leaf).detach().reshape(-1)
         if count := flat.numel():  # up to 32 values, evenly spaced
             at = torch.linspace(0, count - 1, min(32, count), dtype=torch.float64)
-            values = flat[at.round().long().to(flat.device)].double().cpu()
+            values = flat[at.round().long().to(flat.device)].cpu().double()  # MPS has no fp64
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()

@@ -210,7 +210,7 @@ def _fit(
     """The scale and the soft-cap by which logits of the head are those of the model, the declared ones if
     they fit; or None."""
     limit = 1e-4 if theirs.dtype == ours.dtype == torch.float32 else 2e-2
-    ours, theirs = ours.double(), theirs.to(ours.device).double()
+    ours, theirs = ours.cpu().double(), theirs.cpu().double()  # MPS has no fp64
     numbers = [float(n) for n in vars(config).values() if isinstance(n, (int, float)) and n > 0]
     if ours.shape != theirs.shape:
         return None

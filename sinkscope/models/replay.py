@@ -64,6 +64,9 @@ def capture(
     ``inputs`` are the model's, or what `decoder_inputs` gives; ``blocks`` those that will be edited, None
     for all; ``cache`` holds what comes before. Without ``whole`` the pass ends at the last of the blocks.
     """
+    if "flex" in lvlm.anatomy.language.kernel:
+        got = "Got flex attention, whose masks cannot be taken row by row; expected another kernel."
+        raise ModelError(f"{got} Write lvlm.module.set_attn_implementation('sdpa').")
     given = dict(inputs) if "inputs_embeds" in inputs else decoder_inputs(lvlm, inputs)[0]
     wanted = lvlm.anatomy.language.layers(blocks)
     states: dict[int, Tensor] = {}

@@ -106,9 +106,9 @@ def make_report(lvlm: Any) -> Report:
     for tower in (a.vision, a.language):
         dtype = dtype_of(lvlm.module.get_submodule(tower.blocks[0])) if tower.blocks else None
         half = str(dtype).removeprefix("torch.") if dtype in HALF else ""
-        flash = tower.kernel if "flash" in tower.kernel else ""
+        flash, flex = (tower.kernel * (kind in tower.kernel) for kind in ("flash", "flex"))
         mass = HALF.get(dtype, "") if dtype else ""
-        towers.append(Asked(tower, half, mass, flash, a.feed_layers, a.lens.why))
+        towers.append(Asked(tower, half, mass, flash, flex, a.feed_layers, a.lens.why))
 
     def verdicts(room: ModuleType, **more: str) -> tuple[Verdict, ...]:
         names = [name for name in room.__all__ if name != "LayerProbe"]  # which is a base
@@ -185,12 +185,13 @@ def missing(things: Iterable[Any]) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """A tower, and as text, "" if none: its half precision, the tolerance of that, its flash kernel."""
+    """A tower, and as text, "" if none: its half precision, the tolerance of that, its flash or flex kernel."""
 
     tower: TowerAnatomy
     half: str
     mass: str
     flash: str
+    flex: str
     feeds: tuple[int, ...]
     lens: str
 
@@ -204,9 +205,8 @@ def judge(need: str, asked: Asked) -> tuple[Status, str]:
     if not asked.tower.blocks:
         return "unavailable", asked.tower.missing
     found = [said for condition in RULES[need] if (said := condition(asked))]
-    for said in found:
-        if said[0] == "unavailable":
-            return said
+    if refused := [said for said in found if said[0] == "unavailable"]:
+        return refused[0]
     approximate = any(status == "approximate" for status, _ in found)
     return "approximate" if approximate else "exact", "; ".join(why for _, why in found)
 
@@ -256,11 +256,8 @@ def _partly(tower: TowerAnatomy, works: Sequence[int], reasons: Iterable[str]) -
     if len(works) == tower.n_layers:
         return None
     why = next(filter(None, reasons), "").partition(";")[0]
-    return (
-        ("exact", f"on {blocks_of(works)} of {tower.n_layers}: {why}")
-        if works
-        else ("unavailable", why)
-    )
+    where = f"on {blocks_of(works)} of {tower.n_layers}: " if works else ""
+    return ("exact" if works else "unavailable", where + why)
 
 
 def _shared_heads(asked: Asked) -> Said:
@@ -287,13 +284,15 @@ def _room(asked: Asked) -> Said:
     """Room for a register, and neurons to move."""
     reasons = {
         "images share one sequence: registers have no place in it": asked.tower.packed,
+        f"{asked.flex} makes its masks for the image's own tokens": asked.flex,
         "its MLPs have no last linear map, so no neurons": not all(asked.tower.neurons),
         f"the projector reads several blocks, {asked.feeds}": len(asked.feeds) > 1,
     }
     return next((("unavailable", why) for why in reasons if reasons[why]), None)
 
 
-HALVED, FLASH, LEARNED = map(attrgetter, ("half", "flash", "tower.learned_sink"))
+HALVED, FLASH, FLEX = map(attrgetter, ("half", "flash", "flex"))
+LEARNED = attrgetter("tower.learned_sink")
 LESS = "a learned sink takes a share: {} sum to less than 1"
 AGAIN = (
     _call,
@@ -328,6 +327,7 @@ RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
         "gradients": (
             _call,
             when("unavailable", "{flash} has no fp32 gradient: load with 'sdpa' or 'eager'", FLASH),
+            when("unavailable", "{flex} has no gradient: load with 'sdpa' or 'eager'", FLEX),
             _shared_heads,
             when("exact", LESS.format("rows"), LEARNED),
         ),

@@ -143,12 +143,16 @@ class AttentionProbe(LayerProbe, needs="attention"):
         return tower.attending if self.layers is None else tower.layers(self.layers)
 
     def _refuse_flash(self, context: Context, what: str = "") -> None:
-        """Refuse a flash kernel for what needs attention in fp32."""
-        if "flash" in (kernel := context.tower(self.tower).kernel):
+        """Refuse a flash kernel for what needs fp32, flex attention for all but ``what``: it has no gradient."""
+        kernel, why = context.tower(self.tower).kernel, ""
+        if "flash" in kernel:
+            why = "computes in half precision only; expected a kernel that can compute in fp32"
+        elif "flex" in kernel and not what:
+            why = "has no gradient on every device; expected a kernel that has one"
+        if why:
             raise ProbeError(
-                f"Got {what or type(self).__name__} on the {self.tower} tower under {kernel!r}, which "
-                "computes in half precision only; expected a kernel that can compute in fp32. Write "
-                "lvlm.module.set_attn_implementation('sdpa'), or load with attn_implementation='sdpa'."
+                f"Got {what or type(self).__name__} on the {self.tower} tower under {kernel!r}, which {why}. "
+                "Write lvlm.module.set_attn_implementation('sdpa'), or load with attn_implementation='sdpa'."
             )
 
     def _groups(self, context: Context, groups: Any) -> ByLayer:

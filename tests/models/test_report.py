@@ -7,6 +7,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope.errors import ModelError, SinkscopeError
+from sinkscope.models.replay import capture
 from sinkscope.models.report import RULES
 from sinkscope.testing import TINY, random_image, tiny_llava
 from tests.models.test_anatomy import without_interface
@@ -339,19 +340,27 @@ def test_a_soft_cap_is_reported():
     assert changed().verdict("MaskKeys").why == ""
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_flex_attention_is_refused(verify):
+def test_what_flex_attention_has_not_is_reported_and_refused():
     module, processor = tiny_llava(attn_implementation="flex_attention")
-    with pytest.raises(
-        ModelError, match=r"Got attn_implementation='flex_attention' in the vision tower.*'sdpa'"
-    ):
-        ss.LVLM(module, processor, verify=verify)
+    assert ss.LVLM(module, processor, verify=True).verified
     lvlm = ss.LVLM(*tiny_llava())
+    sample = lvlm.prepare(images=random_image(), text="what")
     lvlm.module.set_attn_implementation("flex_attention")
-    with pytest.raises(
-        ModelError, match=r"flex_attention.*model.set_attn_implementation\('sdpa'\)"
-    ):
-        lvlm.report()
+    report, write = lvlm.report(), r"Write lvlm.module.set_attn_implementation\('sdpa'\)"
+    for probe in (ss.ReceivedAttention(), ss.AttentionPatterns(tower="vision")):
+        said = report.verdict(type(probe).__name__, probe.tower)
+        assert (said.status, said.why[:30]) == ("unavailable", "flex_attention has no gradient")
+        with pytest.raises(
+            SinkscopeError, match=f"'flex_attention', which has no gradient .*{write}"
+        ):
+            lvlm.run(sample, [probe])
+    assert report.verdict("TestTimeRegister", "vision").status == "unavailable"
+    with pytest.raises(SinkscopeError, match=f"TestTimeRegister under flex attention.*{write}"):
+        lvlm.run(sample, interventions=[ss.TestTimeRegister({0: [1]})])
+    with pytest.raises(ModelError, match=f"flex attention.*{write}"):
+        capture(lvlm, sample.inputs)
+    exact = {"AttentionMass", "EvictKeys", "MaskKeys", "AblateValues", "ContributionNorms"}
+    assert {report.verdict(name).status for name in exact} == {"exact"}
 
 
 def test_html_is_escaped(tiny):
