@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -246,9 +247,16 @@ class EvidenceResult(Result):
         return self.massive.ratio()
 
     def upper_quartile(self) -> Float[Tensor, "batch layer"]:
-        """The value of `medians` that a quarter of the judged tokens reaches."""
+        """The value of `medians` that a quarter of the judged tokens reaches, NaN where none is judged."""
+        return self._quartile.clone()
+
+    @cached_property
+    def _quartile(self) -> Tensor:
+        # Of n numbers that with the index ceil(0.75 (n - 1)) = 3n // 4; NaN sorts behind all of them.
+        # torch.quantile does not take more than 16 million numbers.
         ratios = self.medians().masked_fill(~self.judged[:, None], float("nan"))
-        return ratios.nanquantile(0.75, dim=-1, interpolation="higher")
+        count = (~ratios.isnan()).sum(dim=-1, keepdim=True)
+        return ratios.sort(dim=-1).values.gather(-1, 3 * count // 4)[..., 0]
 
     def prominence(self) -> Float[Tensor, "batch layer pos"]:
         """Every token's largest ``|h|`` over the layer's upper quartile of it: about 1 without spikes."""
@@ -257,9 +265,17 @@ class EvidenceResult(Result):
     def drawn(self) -> Float[Tensor, "batch layer pos"]:
         """The most that some head of the layer gives a token beyond uniform attention, in [-1, 1]: from other
         tokens only, NaN where fewer than 8 of them see it."""
-        excess = self.received.excess()
-        gone = excess.isnan().all(dim=2)
-        return excess.nan_to_num(nan=-2.0).amax(dim=2).masked_fill(gone, float("nan"))
+        return self._drawn.clone()
+
+    @cached_property
+    def _drawn(self) -> Tensor:
+        others, null = self.received._of_others()
+        most = others.amax(dim=2)  # what is largest stays so when the null is taken away
+        if (odd := most.isnan()).any():  # in some head or in all
+            heads = others.movedim(2, -1)[odd]
+            known = heads.nan_to_num(nan=-1.0).amax(dim=-1)
+            most[odd] = known.masked_fill(heads.isnan().all(dim=-1), float("nan"))
+        return most - null[:, :, 0]
 
     def growth(self) -> Float[Tensor, "batch layer pos"]:
         """By how much a token's largest channel grew since the embeddings, in medians of its layer; at least,
