@@ -252,11 +252,12 @@ class EvidenceResult(Result):
 
     @cached_property
     def _quartile(self) -> Tensor:
-        # Of n numbers that with the index ceil(0.75 (n - 1)) = 3n // 4; NaN sorts behind all of them.
-        # torch.quantile does not take more than 16 million numbers.
+        # Of n numbers that with the index ceil(0.75 (n - 1)) = 3n // 4; NaN counts as larger than all.
         ratios = self.medians().masked_fill(~self.judged[:, None], float("nan"))
-        count = (~ratios.isnan()).sum(dim=-1, keepdim=True)
-        return ratios.sort(dim=-1).values.gather(-1, 3 * count // 4)[..., 0]
+        count, out = (~ratios.isnan()).sum(dim=-1), torch.full_like(ratios[..., 0], float("nan"))
+        for n in set(count.unique().tolist()) - {0}:
+            out[count == n] = ratios[count == n].kthvalue(3 * n // 4 + 1, dim=-1).values
+        return out
 
     def prominence(self) -> Float[Tensor, "batch layer pos"]:
         """Every token's largest ``|h|`` over the layer's upper quartile of it: about 1 without spikes."""
