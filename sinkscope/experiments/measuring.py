@@ -10,12 +10,13 @@ from torch import Tensor
 
 from sinkscope import probes
 from sinkscope.checks import typed
-from sinkscope.detectors import Detection, Limits, Massive, SinkRules
+from sinkscope.detectors import Detection, SinkRules
 from sinkscope.detectors.detection import decided, unseen
+from sinkscope.detectors.gap import shared_probe, told
 from sinkscope.detectors.rules import STATE_SITE
-from sinkscope.models import LVLM, Run, Sample
-from sinkscope.probes.writes import over_others
-from sinkscope.results import over_layers, same
+from sinkscope.models import LVLM, Sample
+from sinkscope.probes.writes import BlockWriters, over_others
+from sinkscope.results import over_layers
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
 from sinkscope.viz.tables import readable
@@ -199,8 +200,8 @@ class Measured:
     def __init__(
         self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any
     ) -> None:
-        a = lvlm.anatomy
-        self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
+        # ``draws`` is the least attention beyond uniform.
+        a, self.sample, self.draws = lvlm.anatomy, sample, draws
         # Vision blocks whose output reaches the decoder, of those with one state per ViT token.
         blocks = () if unseen(a.vision, [sample]) else a.vision.stating
         self.feeds: tuple[int, ...] = tuple(i for i in a.reaching if i in blocks)
@@ -211,32 +212,33 @@ class Measured:
         vit_norms = probes.TokenNorms(some["vision"], "vision", STATE_SITE["vision"])
         llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
         shared, judged = (*own.values(), *[vit_norms] * sees, llm_norms), {}
-        halves: dict[str, list[Any]] = {"vision": [], "language": []}
+        rule: dict[str, Any] = {"vision": rules.v, "language": rules.l_rule}
         for tower in towers:
-            of, rule = a.tower(tower), rules.v if tower == "vision" else rules.l_rule
-            judged[tower] = _shared(rule, rule.probe(tower, some[tower], of), shared)
-            adding = [i for i in of.adding if some[tower] is None or i in some[tower]]
-            for site in ("attn_out", "mlp_out") if adding else ():
-                parts = adding, tower, min(16, of.d_model), site
-                halves[tower].append(probes.MassiveActivations(*parts))
-        writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
-        asked = [*shared, *writes, *judged.values(), *halves["vision"], *halves["language"]]
-        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
+            probe = rule[tower].probe(tower, some[tower], a.tower(tower))
+            judged[tower] = shared_probe(rule[tower], probe, shared)
         # What attention and MLP add, in the blocks of which that is known.
-        self.vit_halves, self.llm_halves = ([run[x] for x in both] for both in halves.values())
+        adding, k = [i for i in a.vision.adding if i in blocks], min(16, a.vision.d_model)
+        both = BlockWriters.halves if sees and adding else ()
+        halves = [probes.MassiveActivations(adding, "vision", k, site) for site in both]
+        writers = BlockWriters([i for i in a.language.adding if i + 1 < a.language.n_layers])
+        heads = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
+        asked = [*shared, *heads, *judged.values(), *halves, *[writers] * bool(writers.blocks)]
+        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
+        self.vit_halves = [run[x] for x in halves]
+        more = run[writers].scores.unbind(1) if writers.blocks else ()
+        self.writers = dict(zip(writers.blocks, more, strict=True))  # block: [batch pos]
         self.language = run[own["language"]]
-        found = _flagged(rules.l_rule, run, judged["language"], lvlm, sample)
-        self.low = over_layers(found, self.language.layers)
+        seen = {probe: told(rule[tower], run[probe]) for tower, probe in judged.items()}
+        found = {t: decided(rule[t], seen, probe, lvlm, sample) for t, probe in judged.items()}
+        self.low = over_layers(found["language"], self.language.layers)
         self.v, self.vision = nothing_seen(rules.v)
         if sees:
-            found = _flagged(rules.v, run, judged["vision"], lvlm, sample)
-            seen, massive = run[own["vision"]], over_layers(run[own["vision"]].massive, every)
-            self.vision = replace(seen, massive=massive, layers=every)
+            got = run[own["vision"]]
+            self.vision = replace(got, massive=over_layers(got.massive, every), layers=every)
             self.vit_norms = over_layers(run[vit_norms], every).norms  # [image layer pos]
-            self.v = over_layers(found, every)
+            self.v = over_layers(found["vision"], every)
         self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
-        # In the layers where what a head writes is known.
-        self.writes = run[writes[0]] if writes else None
+        self.writes = run[heads[0]] if heads else None  # in layers where that is known
         self.event = self.language.received.event()  # [batch layer head]
         # ViT tokens that attract attention in most blocks up to the last feed that attend, [image pos]: some
         # head gives them draws beyond uniform attention, and 5 times uniform (ACT, 2406.15765), for few tokens.
@@ -287,9 +289,8 @@ class Measured:
         for _, stretch in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
             run = [layer for _, layer in stretch]
             block, half = run[0] - 1, None  # layer l reads what block l - 1 wrote; -1: embeddings
-            if block >= 0:
-                channel = int(massive.channels[batch, run[0], pos, 0])
-                half = _writer(self.llm_halves, batch, block, pos, channel)
+            if block in self.writers:
+                half = "attention" if bool(self.writers[block][batch, pos] > 0) else "mlp"
             lives.append((block, run[-1], half))
         birth, _, writer = lives[0] if lives else (None, None, None)
         parts = {"llm_birth": birth, "llm_writer": writer, "llm_layers": layers}
@@ -326,24 +327,6 @@ class Measured:
         parts |= {"excess": float(excess[layer, head]), "value_ratio": ratio, "stable_rank": rank}
         parts["contribution"] = float(received[layer, head]) * norm
         return parts | {"verdict": verdict if drawn else "draws nothing"}
-
-
-def _shared(rule: Any, probe: Any, asked: Sequence[Any]) -> Any:
-    """What tells a rule as much as its own probe and is asked anyway; else that probe."""
-    for one in asked:
-        spikes = isinstance(rule, (Massive, Limits)) and isinstance(one, probes.SinkEvidence)
-        largest = (one.layers, one.tower, 1, STATE_SITE[one.tower])
-        if same(probe, probes.MassiveActivations(*largest) if spikes else one):
-            return one
-    return probe
-
-
-def _flagged(rule: Any, run: Run, probe: Any, lvlm: LVLM, sample: Sample) -> Detection:
-    """What a rule flags; see `_shared`."""
-    seen = run[probe]
-    if isinstance(rule, (Massive, Limits)) and isinstance(seen, probes.EvidenceResult):
-        seen = seen.massive
-    return decided(rule, {probe: seen}, probe, lvlm, sample)
 
 
 def birth_block(mask: Tensor) -> int | None:

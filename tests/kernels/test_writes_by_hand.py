@@ -274,3 +274,14 @@ def test_names_of_modules():
     assert writes.name_of(nn.Linear(1, 1)) == " (Linear)"
     envoy = SimpleNamespace(path="model.layers.0.o_proj", _get_name=lambda: "Linear8bit")
     assert writes.name_of(envoy) == "layers.0.o_proj (Linear8bit)"
+
+
+def test_which_half_writes_more_into_the_largest_channel():
+    attention, mlp = torch.tensor([[[1.0, -9.0, 2.0]] * 2]), torch.tensor([[[5.0, 8.0, -2.5]] * 2])
+    state, halves = {}, ("attn_out", "mlp_out")
+    for half, value in zip(halves, (attention, mlp), strict=True):
+        assert writes.keep_half(value, state, half) == {}
+    after = torch.tensor([[[0.0, -17.0, 3.0], [0.0, 1.0, 3.0]]], dtype=torch.bfloat16)
+    attention.zero_()  # a model that adds in place
+    assert writes.more_written(after, state, halves).tolist() == [[1.0, -0.5]]
+    assert state == {}
