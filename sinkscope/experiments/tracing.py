@@ -106,10 +106,8 @@ class SinkTrace(Result):
         if why := tokens.unmapped or ("" if self.feeds else "no token is known to show an image"):
             notes.append(f"{why}: no token of the LLM is known to be a V-sink.")
         for tower, seen in (("vision tower", self.vision), ("LLM", self.language)):
-            _, null = (
-                seen.received._of_others()
-            )  # as large as one head, and NaN where nothing is read
-            unread = null.isnan().all(dim=3).all(dim=2).all(dim=0)
+            null: Any = seen.received.null  # as large as one head, and NaN where nothing is read
+            unread = null.isnan().all(dim=2).all(dim=0)
             if blocks := unread.nonzero().flatten().tolist():
                 notes.append(
                     f"Blocks {blocks} of the {tower} have no attention that is read: its numbers are NaN."
@@ -128,14 +126,12 @@ class SinkTrace(Result):
         if isinstance(rule, NoSinks):
             return rule.reason
         rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
-        row = (" of {} {}" if len(found.mask) > 1 else "").format
-        what = "image" if tower == "vision" else "row"
-        return outcome_of(
-            rule,
-            [seen.at(layers)],
-            tower,
-            lambda _, *at: named(self, tower, *at) + row(what, at[0]),
-        )
+        whose = " of image" if tower == "vision" else " of row"
+
+        def called(_: int, row: int, pos: int) -> str:
+            return named(self, tower, row, pos) + f"{whose} {row}" * (len(found.mask) > 1)
+
+        return outcome_of(rule, [seen.at(layers)], tower, called)
 
     def _judged(self, tower: Tower) -> tuple[Any, EvidenceResult, Detection, list[int]]:
         """The rule of a tower, what was measured there, what is flagged, and the layers where it counts."""
