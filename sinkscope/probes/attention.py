@@ -272,10 +272,9 @@ class EvidenceResult(Result):
     def _drawn(self) -> Tensor:
         others, null = self.received._of_others()
         most = others.amax(dim=2)  # what is largest stays so when the null is taken away
-        if (odd := most.isnan()).any():  # in some head or in all
-            heads = others.movedim(2, -1)[odd]
-            known = heads.nan_to_num(nan=-1.0).amax(dim=-1)
-            most[odd] = known.masked_fill(heads.isnan().all(dim=-1), float("nan"))
+        heads = others.movedim(2, -1)[odd := most.isnan()]  # NaN in some head or in all
+        known = heads.nan_to_num(nan=-1.0).amax(dim=-1)
+        most[odd] = known.masked_fill(heads.isnan().all(dim=-1), float("nan"))
         return most - null[:, :, 0]
 
     def growth(self) -> Float[Tensor, "batch layer pos"]:
@@ -316,32 +315,25 @@ class SinkEvidence(Record):
 
     def _parts(self, context: Context) -> tuple[MassiveActivations, ReceivedAttention]:
         layers, tower = context.layers(self.tower, self.layers), context.tower(self.tower)
-        k, vision = (
-            min(16, tower.d_model),
-            self.tower == "vision",
-        )  # k finds a spike in the first state
+        k, vision = min(16, tower.d_model), self.tower == "vision"  # k finds a spike in the first
         read = layers if vision else sorted({0, *layers})
-        attended = [i for i in tower.attending if vision or i in layers]
+        some = [i for i in tower.attending if vision or i in layers]  # those that attend
         massive = MassiveActivations(read, self.tower, k, STATE_SITE[self.tower])
-        events = {"others": True, "events": not vision}
-        return massive, ReceivedAttention(attended, tower=self.tower, **events)
+        return massive, ReceivedAttention(some, None, self.tower, others=True, events=not vision)
 
     def reads(self, context: Context) -> list[Read]:
         """States and attention of every layer."""
-        parts = (part for part in self._parts(context) if part.layers)
-        return [read for part in parts for read in part.reads(context)]
+        return [r for part in self._parts(context) if part.layers for r in part.reads(context)]
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> EvidenceResult:
         """Both results, and the embeddings' channels apart."""
         massive, received = self._parts(context)
         attention = {site: answers[site] for site in answers if site.name == "attention"}
         layers, states = context.layers(self.tower, self.layers), massive.finish(answers, context)
-        drawn = (
-            received.finish(attention, context) if received.layers else _unread(self.tower, context)
-        )
-        drawn = over_layers(
-            drawn, context.layers("vision", None) if self.tower == "vision" else layers
-        )
+        drawn = received.finish(attention, context) if received.layers else None
+        drawn = _unread(self.tower, context) if drawn is None else drawn
+        every = context.layers("vision", None) if self.tower == "vision" else layers
+        drawn = over_layers(drawn, every)
         first, judged = in_layers(states, states.layers[:1]), context.live(self.tower)
         if self.tower == "vision":
             first, judged = None, context.tokens.vision.select("patch")
