@@ -35,7 +35,7 @@ class TowerCalibration(Record):
     narrowest gap 95 % of the sinks reach ``lowest_sink`` and (nearly) no other token ``highest_other``;
     ``confidence`` is ``1 - highest_other / lowest_sink``, in [0, 1], on the samples that the limits are from:
     other samples may be worse, and from one instance it is one ratio of two tokens. ``instances`` counts the
-    (sample, layer, token) that spiked and drew; ``layers`` are those in which the score separates them.
+    (row, layer, token) that spiked and drew; ``layers`` are those in which the score separates them.
     ``gaps`` is score -> narrowest gap over the layers with sinks; below 1.5 it does not separate there.
     """
 
@@ -61,7 +61,8 @@ class TowerCalibration(Record):
 @dataclass(frozen=True)
 class Calibration(Result):
     """Detectors for one model: ``vision`` is what was found in the ViT, on the states that feed the
-    projector, and ``language`` in the decoder, on what its attention reads."""
+    projector, and ``language`` in the decoder, on what its attention reads. ``n_samples`` are the rows of the
+    samples."""
 
     vision: TowerCalibration
     language: TowerCalibration
@@ -127,9 +128,11 @@ def calibrate(
     """Find this model's thresholds, and its sink channels where channels separate best.
 
     Two forward passes per sample, or one where no token is a sink. ``samples`` have different images, better
-    of different kinds; six to eight are customary. Trace others: on these the rule finds what it was made of.
-    ``draws`` is that of `detectors.Gap` and ``spike`` its ``medians``; ``max_dims`` are the most channels to keep per tower. A tower not in ``towers`` has no rule
-    then. ``progress`` shows a bar, None from four samples on; for ``remote`` see `LVLM.run`.
+    of different kinds; six to eight are customary. A sample may have several rows, which run together and
+    count like samples of one row. Trace others: on these the rule finds what it was made of.
+    ``draws`` is that of `detectors.Gap` and ``spike`` its ``medians``; ``max_dims`` are the most channels to
+    keep per tower. A tower not in ``towers`` has no rule then. ``progress`` shows a bar of rows, None from
+    four on; for ``remote`` see `LVLM.run`.
 
     CalibrationError if there is no sample or no such tower, or ``max_dims`` is no positive number;
     DetectorError if another number is impossible.
@@ -147,7 +150,7 @@ def calibrate(
             f"Got towers={towers!r}; expected 'vision', 'language' or both. Write towers=['vision']."
         )
     rule, skipped = Gap(draws=draws, medians=spike), NoSinks("this tower was not looked at")
-    hidden = len(samples) < 4 if progress is None else not progress
+    hidden = sum(map(len, samples)) < 4 if progress is None else not progress
     found = {tower: TowerCalibration(tower, skipped, reason=skipped.reason) for tower in TOWERS}
     for anatomy in (lvlm.anatomy.vision, lvlm.anatomy.language):
         why = unseen(anatomy, samples) or (
@@ -158,7 +161,7 @@ def calibrate(
             towers = [tower for tower in towers if tower != anatomy.tower]
     for tower, (looks, channels) in _look(lvlm, samples, rule, towers, remote, hidden).items():
         found[tower] = _conclude(lvlm.anatomy.tower(tower), rule, channels, looks, max_dims)
-    return Calibration(**found, n_samples=len(samples))
+    return Calibration(**found, n_samples=sum(map(len, samples)))
 
 
 def _look(
@@ -167,27 +170,36 @@ def _look(
     """By tower, what is seen in every sample, and the candidate channels. V-sinks are judged where the
     projector reads; L-sinks everywhere."""
 
-    def passes(probes: list[Any], what: str) -> Iterator[Run]:
-        bar = tqdm(samples, desc=f"calibrating: {what}", disable=hidden, leave=False)
-        return (lvlm.run(sample, probes, logits="last", remote=remote) for sample in bar)
+    def passes(probes: Sequence[Any], what: str) -> Iterator[Run]:
+        rows = sum(map(len, samples))
+        with tqdm(total=rows, desc=f"calibrating: {what}", disable=hidden, leave=False) as bar:
+            for sample in samples:
+                some = [x for x in probes if x.tower != "vision" or len(sample.tokens.vision.live)]
+                if some:  # there is something to see in this sample
+                    yield lvlm.run(sample, some, logits="last", remote=remote)
+                bar.update(len(sample))
 
-    layers = {"vision": lvlm.anatomy.reaching, "language": None}
+    a = lvlm.anatomy
+    layers = {"vision": a.reaching, "language": None}
     evidence = {tower: SinkEvidence(layers[tower], tower) for tower in towers}
     looks: dict[Any, list[_Look]] = {tower: [] for tower in towers}
     for run in passes([*evidence.values()], "spikes and attention"):
-        for tower, probe in evidence.items():
-            seen = run[probe]
+        for tower, seen in ((x.tower, run[x]) for x in run.results):
             looks[tower].append(_Look(seen, rule.spikes_in(seen) & rule.also(seen)))
     channels = {tower: _candidates(of) for tower, of in looks.items()}
-    probes = {}
+    probes, scores = {}, {tower: [] for tower in towers}
     for tower in filter(channels.get, channels):
         values = ChannelValues(channels[tower], layers[tower], tower, (STATE_SITE[tower],))
         probes[tower] = values, TokenNorms(layers[tower], tower, STATE_SITE[tower])
     every = [probe for pair in probes.values() for probe in pair]
-    for i, run in enumerate(passes(every, "channels") if every else ()):
+    for run in passes(every, "channels") if every else ():
         for tower, (values, norms) in probes.items():
-            sizes = run[values].values[:, :, 0].abs() * lvlm.anatomy.tower(tower).d_model ** 0.5
-            looks[tower][i] = replace(looks[tower][i], scores=sizes / run[norms].norms[..., None])
+            if norms in run.results:
+                sizes = run[values].values[:, :, 0].abs() * a.tower(tower).d_model ** 0.5
+                scores[tower].append(sizes / run[norms].norms[..., None])
+    for tower in probes:
+        both = zip(looks[tower], scores[tower], strict=True)
+        looks[tower] = [replace(look, scores=score) for look, score in both]
     return {tower: (looks[tower], channels[tower]) for tower in looks}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
@@ -111,6 +112,7 @@ def decide(
     return replace(found, warnings=(text,))
 
 
+@cache
 def expected_peak(n: int) -> float:
     """``E max of n |N(0, 1)|``: the null of a largest normalised channel among ``n``."""
     t = torch.linspace(0, 12, 24001, dtype=torch.float64)
@@ -152,8 +154,10 @@ def unseen(anatomy: TowerAnatomy, samples: Sequence[Sample]) -> str:
     return "" if anatomy.blocks else anatomy.missing
 
 
-def decided(detector: Detector, run: Run, probe: Any, lvlm: Any, sample: Sample) -> Detection:
-    """The detection of a probe that already ran."""
+def decided(
+    detector: Detector, run: Run | Mapping[Any, Any], probe: Any, lvlm: Any, sample: Sample
+) -> Detection:
+    """The detection of a probe whose result is there."""
     tower, masks = probe.tower, visual_tokens(sample, probe.tower)
     return decide(detector, run[probe], *masks, tower, lvlm.anatomy.tower(tower))
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import among, is_number, is_whole
 from sinkscope.detectors.detection import Detector, expected_peak
-from sinkscope.detectors.rules import Massive, NoSinks, Rule, SinkDimensions
+from sinkscope.detectors.rules import STATE_SITE, Massive, NoSinks, Rule, SinkDimensions
 from sinkscope.errors import DetectorError
-from sinkscope.probes import EvidenceResult, SinkEvidence
+from sinkscope.probes import EvidenceResult, MassiveActivations, SinkEvidence
 from sinkscope.protocols import Probe
+from sinkscope.results import same
 from sinkscope.sites import Tower
 
 GAP, MEDIANS, DRAWS, GROWTH = 3.0, 20.0, 0.06, 2.0
@@ -213,3 +214,20 @@ def _largest_spike(rule: Gap, evidence: Sequence[EvidenceResult]) -> tuple[float
         came = ", and came with the embeddings" if top >= rule.gap and grown < rule.growth else ""
         best = max(best, (size, top, came), key=lambda three: three[1])
     return best
+
+
+def shared_probe(rule: Any, probe: Any, asked: Sequence[Any]) -> Any:
+    """One of the probes ``asked`` anyway that tells a rule as much as its own ``probe``, else that. For
+    the result see `told`."""
+    for one in asked:
+        spikes = isinstance(rule, (Massive, Limits)) and isinstance(one, SinkEvidence)
+        largest = (one.layers, one.tower, 1, STATE_SITE[one.tower])
+        if same(probe, MassiveActivations(*largest) if spikes else one):
+            return one
+    return probe
+
+
+def told(rule: Any, result: Any) -> Any:
+    """What a rule judges of the result of a shared probe: of evidence the largest channels, if it is for those."""
+    spikes = isinstance(rule, (Massive, Limits)) and isinstance(result, EvidenceResult)
+    return result.massive if spikes else result

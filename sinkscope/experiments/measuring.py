@@ -10,10 +10,12 @@ from torch import Tensor
 
 from sinkscope import probes
 from sinkscope.checks import typed
-from sinkscope.detectors import Detection, Gap, SinkRules
+from sinkscope.detectors import Detection, SinkRules
 from sinkscope.detectors.detection import decided, unseen
+from sinkscope.detectors.gap import shared_probe, told
 from sinkscope.detectors.rules import STATE_SITE
 from sinkscope.models import LVLM, Sample
+from sinkscope.probes.writes import BlockWriters, over_others
 from sinkscope.results import over_layers
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
@@ -198,8 +200,8 @@ class Measured:
     def __init__(
         self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any
     ) -> None:
-        a = lvlm.anatomy
-        self.sample, self.draws = sample, draws  # draws is the least attention beyond uniform
+        # ``draws`` is the least attention beyond uniform.
+        a, self.sample, self.draws = lvlm.anatomy, sample, draws
         # Vision blocks whose output reaches the decoder, of those with one state per ViT token.
         blocks = () if unseen(a.vision, [sample]) else a.vision.stating
         self.feeds: tuple[int, ...] = tuple(i for i in a.reaching if i in blocks)
@@ -207,45 +209,42 @@ class Measured:
         towers: tuple[Tower, ...] = ("vision", "language") if sees else ("language",)
         some: dict[str, Any] = {"vision": None if blocks == every else blocks, "language": None}
         own: dict[str, Any] = {tower: probes.SinkEvidence(some[tower], tower) for tower in towers}
-        judged, halves = (
-            dict(own),
-            {"vision": [], "language": []},
-        )  # the gap rule needs none of its own
-        for tower in towers:
-            of, rule = a.tower(tower), rules.v if tower == "vision" else rules.l_rule
-            probe = rule.probe(tower, some[tower], of)
-            judged[tower] = own[tower] if isinstance(rule, Gap) else probe
-            adding = [i for i in of.adding if some[tower] is None or i in some[tower]]
-            for site in ("attn_out", "mlp_out") if adding else ():
-                parts = adding, tower, min(16, of.d_model), site
-                halves[tower].append(probes.MassiveActivations(*parts))
         vit_norms = probes.TokenNorms(some["vision"], "vision", STATE_SITE["vision"])
         llm_norms = probes.TokenNorms([0], "language", STATE_SITE["language"])
-        writes = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
-        asked = [*own.values(), *[vit_norms] * sees, llm_norms, *writes, *judged.values()]
-        asked += [*halves["vision"], *halves["language"]]
-        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
+        shared, judged = (*own.values(), *[vit_norms] * sees, llm_norms), {}
+        rule: dict[str, Any] = {"vision": rules.v, "language": rules.l_rule}
+        for tower in towers:
+            probe = rule[tower].probe(tower, some[tower], a.tower(tower))
+            judged[tower] = shared_probe(rule[tower], probe, shared)
         # What attention and MLP add, in the blocks of which that is known.
-        self.vit_halves, self.llm_halves = ([run[x] for x in both] for both in halves.values())
+        adding, k = [i for i in a.vision.adding if i in blocks], min(16, a.vision.d_model)
+        both = BlockWriters.halves if sees and adding else ()
+        halves = [probes.MassiveActivations(adding, "vision", k, site) for site in both]
+        writers = BlockWriters([i for i in a.language.adding if i + 1 < a.language.n_layers])
+        heads = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
+        asked = [*shared, *heads, *judged.values(), *halves, *[writers] * bool(writers.blocks)]
+        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
+        self.vit_halves = [run[x] for x in halves]
+        more = run[writers].scores.unbind(1) if writers.blocks else ()
+        self.writers = dict(zip(writers.blocks, more, strict=True))  # block: [batch pos]
         self.language = run[own["language"]]
-        found = decided(rules.l_rule, run, judged["language"], lvlm, sample)
-        self.low = over_layers(found, self.language.layers)
+        seen = {probe: told(rule[tower], run[probe]) for tower, probe in judged.items()}
+        found = {t: decided(rule[t], seen, probe, lvlm, sample) for t, probe in judged.items()}
+        self.low = over_layers(found["language"], self.language.layers)
         self.v, self.vision = nothing_seen(rules.v)
         if sees:
-            found = decided(rules.v, run, judged["vision"], lvlm, sample)
-            seen, massive = run[own["vision"]], over_layers(run[own["vision"]].massive, every)
-            self.vision = replace(seen, massive=massive, layers=every)
+            got = run[own["vision"]]
+            self.vision = replace(got, massive=over_layers(got.massive, every), layers=every)
             self.vit_norms = over_layers(run[vit_norms], every).norms  # [image layer pos]
-            self.v = over_layers(found, every)
+            self.v = over_layers(found["vision"], every)
         self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
-        self.excess = self.language.received.excess()  # [batch layer head key]
-        # In the layers where what a head writes is known; the ratio is [batch layer head key].
-        self.writes = run[writes[0]] if writes else None
-        self.ratio = None if self.writes is None else self.writes.ratio()
+        self.writes = run[heads[0]] if heads else None  # in layers where that is known
+        self.event = self.language.received.event()  # [batch layer head]
         # ViT tokens that attract attention in most blocks up to the last feed that attend, [image pos]: some
         # head gives them draws beyond uniform attention, and 5 times uniform (ACT, 2406.15765), for few tokens.
         uniform: Any = self.vision.received.others_null
-        attended = self.vision.drawn() >= (4.0 * uniform).clamp(min=draws)
+        self.vit_drawn = self.vision.drawn()  # [image layer pos]
+        attended = self.vit_drawn >= (4.0 * uniform).clamp(min=draws)
         blocks = [i for i in a.vision.attending if self.feeds and i <= self.feeds[-1]]
         self.attended = attended[:, blocks].float().mean(dim=1).nan_to_num() > 0.5
 
@@ -280,7 +279,7 @@ class Measured:
         parts: dict[str, Any] = {"vit_token": token, "vit_birth": birth, "vit_writer": half}
         parts["vit_kind"] = VISION_KINDS[int(self.sample.tokens.vision.kind[image, token])]
         parts["vit_norm"] = float(self.vit_norms[image, last, token])
-        parts["vit_drawn"] = tuple(self.vision.drawn()[image, :, token].tolist())
+        parts["vit_drawn"] = tuple(self.vit_drawn[image, :, token].tolist())
         return parts | {"vit_channels": channels}
 
     def _in_language(self, batch: int, pos: int) -> dict[str, Any]:
@@ -290,9 +289,8 @@ class Measured:
         for _, stretch in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
             run = [layer for _, layer in stretch]
             block, half = run[0] - 1, None  # layer l reads what block l - 1 wrote; -1: embeddings
-            if block >= 0:
-                channel = int(massive.channels[batch, run[0], pos, 0])
-                half = _writer(self.llm_halves, batch, block, pos, channel)
+            if block in self.writers:
+                half = "attention" if bool(self.writers[block][batch, pos] > 0) else "mlp"
             lives.append((block, run[-1], half))
         birth, _, writer = lives[0] if lives else (None, None, None)
         parts = {"llm_birth": birth, "llm_writer": writer, "llm_layers": layers}
@@ -303,7 +301,8 @@ class Measured:
 
     def _attention(self, batch: int, pos: int) -> dict[str, Any]:
         got: Any = self.language.received  # with nulls and the attention of others
-        received, excess = got.received[batch, :, :, pos], self.excess[batch, :, :, pos]
+        received, null = got.received[batch, :, :, pos], got.others_null[batch, :, pos]
+        excess = got.others[batch, :, :, pos] - null[:, None]
         by_layer = {"received": received.mean(dim=1), "received_max": received.amax(dim=1)}
         by_layer["null"] = got.null[batch, :, pos]
         parts: Any = {name: tuple(values.tolist()) for name, values in by_layer.items()}
@@ -313,17 +312,18 @@ class Measured:
         drawn = (known.amax(dim=1) >= self.draws).nonzero().flatten().tolist()
         layer, head = divmod(int(known.argmax()), excess.shape[1])
         ratio = rank = norm = float("nan")
-        if self.writes is not None and self.ratio is not None and layer in self.writes.layers:
+        if self.writes is not None and layer in self.writes.layers:
             at = (batch, self.writes.layers.index(layer), head)
-            ratio, norm = float(self.ratio[at][pos]), float(self.writes.norms[at][pos])
+            norms = self.writes.norms[at]
+            ratio, norm = float(over_others(norms)[pos]), float(norms[pos])
             rank = float(self.writes.stable_rank[at])
         own = int(got.sink[batch, layer, head]) == pos  # the head's dominant key is this one
-        event = own and bool(got.event()[batch, layer, head])
+        event = own and bool(self.event[batch, layer, head])
         parts["routed"] = float(got.routed[batch, layer, head]) if own else float("nan")
         verdict = "writes unknown" if ratio != ratio else nop_or_broadcast(ratio, rank, event)
         parts |= {"event": event, "first_drawn": drawn[0] if drawn else None, "head": (layer, head)}
         parts["head_received"] = float(got.others[batch, layer, head, pos])
-        parts["head_null"] = float(got.others_null[batch, layer, pos])
+        parts["head_null"] = float(null[layer])
         parts |= {"excess": float(excess[layer, head]), "value_ratio": ratio, "stable_rank": rank}
         parts["contribution"] = float(received[layer, head]) * norm
         return parts | {"verdict": verdict if drawn else "draws nothing"}

@@ -106,7 +106,8 @@ class SinkTrace(Result):
         if why := tokens.unmapped or ("" if self.feeds else "no token is known to show an image"):
             notes.append(f"{why}: no token of the LLM is known to be a V-sink.")
         for tower, seen in (("vision tower", self.vision), ("LLM", self.language)):
-            unread = seen.received.received.isnan().all(dim=3).all(dim=2).all(dim=0)
+            null: Any = seen.received.null  # as large as one head, and NaN where nothing is read
+            unread = null.isnan().all(dim=2).all(dim=0)
             if blocks := unread.nonzero().flatten().tolist():
                 notes.append(
                     f"Blocks {blocks} of the {tower} have no attention that is read: its numbers are NaN."
@@ -125,7 +126,12 @@ class SinkTrace(Result):
         if isinstance(rule, NoSinks):
             return rule.reason
         rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
-        return outcome_of(rule, [seen.at(layers)], tower, lambda _, *at: named(self, tower, *at))
+        whose = " of image" if tower == "vision" else " of row"
+
+        def called(_: int, row: int, pos: int) -> str:
+            return named(self, tower, row, pos) + f"{whose} {row}" * (len(found.mask) > 1)
+
+        return outcome_of(rule, [seen.at(layers)], tower, called)
 
     def _judged(self, tower: Tower) -> tuple[Any, EvidenceResult, Detection, list[int]]:
         """The rule of a tower, what was measured there, what is flagged, and the layers where it counts."""
@@ -138,7 +144,7 @@ class SinkTrace(Result):
         _, evidence, detection, layers = self._judged(tower)
         if not layers:
             return
-        excess, tokens = evidence.received.excess(), self.sample.tokens
+        (others, null), tokens = evidence.received._of_others(), self.sample.tokens
         live = tokens.vision.live if tower == "vision" else tokens.live
         large = evidence.prominence()[:, layers].nan_to_num(-1.0)
         attention = evidence.drawn().nan_to_num(-2.0).amax(dim=1)
@@ -147,7 +153,7 @@ class SinkTrace(Result):
             most = [*drawing.topk(few).indices.tolist(), *size.topk(few).indices.tolist()]
             best = dict.fromkeys(pos for pos in most if bool(live[row, pos]))
             for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
-                times, given = large[row, :, pos], excess[row, :, :, pos]
+                times, given = large[row, :, pos], others[row, :, :, pos] - null[row, :, :, pos]
                 layer, at, drawn = layers[int(times.argmax())], None, float("nan")
                 if not bool(given.isnan().all()):
                     at = divmod(int(given.nan_to_num(-2.0).argmax()), given.shape[1])

@@ -222,3 +222,18 @@ def head_writes(calls, state, projection, live, parts=(), layout=None):
     rank = spectrum.sum(-1) / spectrum.amax(-1).clamp(min=1e-30)
     rank = rank if layout is None else rank.expand(layout.shape[0], -1)
     return {"norms": unpack(torch.cat(norms, dim=2), layout, 2), "stable_rank": rank}
+
+
+def keep_half(states, state, half):
+    """Leave what attention or the MLP adds, ``half``, in ``state`` for `more_written`; no answer."""
+    state["half", half] = states.clone()  # a model may add to it in place
+    return {}
+
+
+def more_written(states, state, halves):
+    """By how much the first of two ``halves`` writes more than the second into every token's largest channel:
+    the difference of ``|.|`` there, ``[batch pos]``, asked where the block's output is read next."""
+    top = states.float().abs().argmax(dim=-1, keepdim=True)
+    parts = [state.pop(("half", half)).reshape(states.shape) for half in halves]
+    first, second = (part.gather(-1, top.to(part.device)).float().abs() for part in parts)
+    return (first - second.to(first.device))[..., 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -246,9 +247,17 @@ class EvidenceResult(Result):
         return self.massive.ratio()
 
     def upper_quartile(self) -> Float[Tensor, "batch layer"]:
-        """The value of `medians` that a quarter of the judged tokens reaches."""
+        """The value of `medians` that a quarter of the judged tokens reaches, NaN where none is judged."""
+        return self._quartile.clone()
+
+    @cached_property
+    def _quartile(self) -> Tensor:
+        # Of n numbers that with the index ceil(0.75 (n - 1)) = 3n // 4; NaN counts as larger than all.
         ratios = self.medians().masked_fill(~self.judged[:, None], float("nan"))
-        return ratios.nanquantile(0.75, dim=-1, interpolation="higher")
+        count, out = (~ratios.isnan()).sum(dim=-1), torch.full_like(ratios[..., 0], float("nan"))
+        for n in set(count.unique().tolist()) - {0}:
+            out[count == n] = ratios[count == n].kthvalue(3 * n // 4 + 1, dim=-1).values
+        return out
 
     def prominence(self) -> Float[Tensor, "batch layer pos"]:
         """Every token's largest ``|h|`` over the layer's upper quartile of it: about 1 without spikes."""
@@ -257,9 +266,16 @@ class EvidenceResult(Result):
     def drawn(self) -> Float[Tensor, "batch layer pos"]:
         """The most that some head of the layer gives a token beyond uniform attention, in [-1, 1]: from other
         tokens only, NaN where fewer than 8 of them see it."""
-        excess = self.received.excess()
-        gone = excess.isnan().all(dim=2)
-        return excess.nan_to_num(nan=-2.0).amax(dim=2).masked_fill(gone, float("nan"))
+        return self._drawn.clone()
+
+    @cached_property
+    def _drawn(self) -> Tensor:
+        others, null = self.received._of_others()
+        most = others.amax(dim=2)  # what is largest stays so when the null is taken away
+        heads = others.movedim(2, -1)[odd := most.isnan()]  # NaN in some head or in all
+        known = heads.nan_to_num(nan=-1.0).amax(dim=-1)
+        most[odd] = known.masked_fill(heads.isnan().all(dim=-1), float("nan"))
+        return most - null[:, :, 0]
 
     def growth(self) -> Float[Tensor, "batch layer pos"]:
         """By how much a token's largest channel grew since the embeddings, in medians of its layer; at least,
@@ -299,32 +315,25 @@ class SinkEvidence(Record):
 
     def _parts(self, context: Context) -> tuple[MassiveActivations, ReceivedAttention]:
         layers, tower = context.layers(self.tower, self.layers), context.tower(self.tower)
-        k, vision = (
-            min(16, tower.d_model),
-            self.tower == "vision",
-        )  # k finds a spike in the first state
+        k, vision = min(16, tower.d_model), self.tower == "vision"  # k finds a spike in the first
         read = layers if vision else sorted({0, *layers})
-        attended = [i for i in tower.attending if vision or i in layers]
+        some = [i for i in tower.attending if vision or i in layers]  # those that attend
         massive = MassiveActivations(read, self.tower, k, STATE_SITE[self.tower])
-        events = {"others": True, "events": not vision}
-        return massive, ReceivedAttention(attended, tower=self.tower, **events)
+        return massive, ReceivedAttention(some, None, self.tower, others=True, events=not vision)
 
     def reads(self, context: Context) -> list[Read]:
         """States and attention of every layer."""
-        parts = (part for part in self._parts(context) if part.layers)
-        return [read for part in parts for read in part.reads(context)]
+        return [r for part in self._parts(context) if part.layers for r in part.reads(context)]
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> EvidenceResult:
         """Both results, and the embeddings' channels apart."""
         massive, received = self._parts(context)
         attention = {site: answers[site] for site in answers if site.name == "attention"}
         layers, states = context.layers(self.tower, self.layers), massive.finish(answers, context)
-        drawn = (
-            received.finish(attention, context) if received.layers else _unread(self.tower, context)
-        )
-        drawn = over_layers(
-            drawn, context.layers("vision", None) if self.tower == "vision" else layers
-        )
+        drawn = received.finish(attention, context) if received.layers else None
+        drawn = _unread(self.tower, context) if drawn is None else drawn
+        every = context.layers("vision", None) if self.tower == "vision" else layers
+        drawn = over_layers(drawn, every)
         first, judged = in_layers(states, states.layers[:1]), context.live(self.tower)
         if self.tower == "vision":
             first, judged = None, context.tokens.vision.select("patch")

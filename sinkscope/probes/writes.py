@@ -1,8 +1,8 @@
 """What heads write: per key through the output projection, and in how many directions."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from sinkscope.anatomy.context import Context
 from sinkscope.kernels import attention, writes
 from sinkscope.probes.per_layer import AttentionProbe
+from sinkscope.probes.residual import ScoreResult
 from sinkscope.protocols import Read
-from sinkscope.results import Result
+from sinkscope.results import Record, Result, stack_layers
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 
@@ -161,3 +162,28 @@ class ContributionNorms(
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         return {"groups": self._groups(context, self.groups)}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockWriters(Record):
+    """Which half of some LLM blocks writes more into every token's largest channel: positive scores are
+    attention's. No block is the last one, whose output no attention reads."""
+
+    halves: ClassVar[tuple[str, ...]] = ("attn_out", "mlp_out")
+    blocks: Sequence[int]
+    tower: Tower = "language"
+
+    def reads(self, context: Context) -> list[Read]:
+        """Both halves of every block, and what the next block reads."""
+        reads = []
+        for block in self.blocks:
+            sites = {half: Site(self.tower, half, block) for half in self.halves}
+            reads += [Read(at, writes.keep_half, {"half": half}) for half, at in sites.items()]
+            after, halves = Site(self.tower, "resid_pre", block + 1), {"halves": self.halves}
+            reads.append(Read(after, writes.more_written, halves))
+        return reads
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> ScoreResult:
+        """Stack the blocks."""
+        told = {site: answer for site, answer in answers.items() if site.name == "resid_pre"}
+        return ScoreResult(stack_layers(told), tuple(self.blocks))

@@ -131,6 +131,8 @@ def in_layers(result: Any, layers: Sequence[int]) -> Any:
         raise LayerError(
             f"Got layer {wrong[0]!r}; expected some of {result.layers}, which were read."
         )
+    if tuple(layers) == result.layers:
+        return result
     at = [result.layers.index(layer) for layer in layers]
     stacked = [name for name, axes in axes_of(type(result)).items() if axes[1:2] == ("layer",)]
     some = {n: getattr(result, n)[:, at] for n in stacked if getattr(result, n) is not None}
@@ -178,8 +180,11 @@ def stack_layers(
 
 
 def mask_padding(values: Tensor, live: Tensor, dim: int) -> Tensor:
-    """NaN (index -1, mask False) where ``live`` ``[batch pos]`` is False along ``dim``."""
+    """NaN (index -1, mask False) where ``live`` ``[batch pos]`` is False along ``dim``; the same tensor if that
+    is nowhere."""
     live = live[:, -values.shape[dim] :]
+    if bool(live.all()):
+        return values
     shape = [live.shape[0]] + [1] * (values.ndim - 1)
     shape[dim] = live.shape[1]
     integer = False if values.dtype == torch.bool else -1

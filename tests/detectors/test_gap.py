@@ -10,6 +10,7 @@ import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.detectors.calibration import _Look, _rule, separation
 from sinkscope.detectors.gap import outcome_of
+from sinkscope.experiments.measuring import nothing_seen
 from sinkscope.probes import EvidenceResult, MassiveResult, ReceivedResult
 from sinkscope.testing import random_image, tiny_llava
 
@@ -122,6 +123,41 @@ def test_in_the_vision_tower_a_patch_may_draw_in_any_block_and_cls_is_no_patch()
 def test_outcomes_are_said_with_their_numbers(spikes, drawn, said):
     seen = evidence([spikes], [drawn], before={0: 60.0})
     assert said in outcome_of(detectors.Gap(), [seen], "language")
+
+
+def test_the_quartile_of_many_few_and_no_tokens():
+    """Of n tokens it is the one with the index ceil(0.75 (n - 1)); 17 million are more than torch 2.6 takes."""
+    wide = torch.arange(16, 0, -1).float()[None, None].repeat(1, 1_100_000, 1)
+    wide[0, 1, 5:], wide[0, 2] = torch.nan, torch.nan
+    seen = evidence([{}], [{}])
+    values, layers = wide[..., None], tuple(range(wide.shape[1]))
+    large = MassiveResult(values, values.long(), torch.ones(wide.shape[:2]), layers, "resid_pre")
+    got = dataclasses.replace(seen, massive=large).upper_quartile()
+    assert got.shape == (1, 1_100_000)
+    assert got[0, [0, 1, 3]].tolist() == [13.0, 15.0, 13.0]
+    assert got[0, 2].isnan()
+    for n in range(1, 17):
+        judged = (torch.arange(16) < n)[None]
+        few = evidence([{i: 100.0 + i for i in range(16)}], [{}], judged=judged)
+        want = few.medians()[0, 0, :n].quantile(0.75, interpolation="higher")
+        assert few.upper_quartile() == want
+    nothing = nothing_seen(detectors.Gap())[1]  # a tower without a token
+    assert nothing.upper_quartile().shape == (0, 0)
+    assert nothing.prominence().shape == (0, 0, 1)
+
+
+def test_what_draws_is_the_most_of_the_heads_that_are_known():
+    """NaN in some heads only, in all, and without a null."""
+    others = torch.rand(2, 3, 4, TOKENS, generator=torch.Generator().manual_seed(0))
+    null = torch.rand(2, 3, TOKENS, generator=torch.Generator().manual_seed(1))
+    others[0, 1, :2, 3], others[1, 2, :, 4:], null[0, 0, 7] = torch.nan, torch.nan, torch.nan
+    seen = evidence([{}], [{}])
+    received = ReceivedResult(others, null, (1, 2, 3), others, null)
+    got = dataclasses.replace(seen, received=received).drawn()
+    excess = others - null[:, :, None]
+    want = excess.nan_to_num(nan=-2.0).amax(dim=2)
+    want = want.masked_fill(excess.isnan().all(dim=2), torch.nan)
+    assert torch.equal(got.nan_to_num(-9.0), want.nan_to_num(-9.0))
 
 
 def looks_of(samples):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 import sinkscope as ss
 from benchmarks.planted_detectors import (
@@ -133,6 +134,49 @@ def test_a_confidence_says_from_how_many_instances_it_is():
     )
     assert repr(alone).endswith("1 samples, confidence 0.60 on them, from 1 instance)")
     assert f"from {count} instances)" in repr(dataclasses.replace(found, vision=found.language))
+
+
+def test_rows_of_a_sample_are_calibrated_like_samples(monkeypatch):
+    """A batch of three gives what its rows give one by one, and a row without an image has no V-sinks."""
+    planted = random_plant(0, "clip")
+    lvlm = ss.LVLM(planted.model, planted.processor, verify=False)
+    texts = [
+        "<image>\nhow",
+        "USER: <image>\nwhat is it ? ASSISTANT:",
+        "<image>\nhow many are red ?",
+    ]
+    whole = lvlm.prepare(inputs=planted.inputs(texts))
+    assert not whole.tokens.live.all()
+    rows = []
+    for row, live in enumerate(whole.tokens.live):
+        words = {
+            name: whole.inputs[name][row : row + 1, live]
+            for name in ("input_ids", "attention_mask")
+        }
+        picture = whole.inputs["pixel_values"][row : row + 1]
+        rows.append(lvlm.prepare(inputs=words | {"pixel_values": picture}))
+    bars = []
+    bar = type("Bar", (tqdm,), {"close": lambda self: bars.append((self.n, self.total))})
+    monkeypatch.setattr("sinkscope.detectors.calibration.tqdm", bar)
+    one = ss.calibrate(lvlm, [whole], progress=True)
+    assert set(bars) == {(3, 3)}
+    many = ss.calibrate(lvlm, rows)
+    assert one.n_samples == many.n_samples == 3
+    assert "3 samples" in repr(one)
+    for tower in ("vision", "language"):
+        a, b = (getattr(found, tower) for found in (one, many))
+        assert a.instances == b.instances >= 3
+        assert (a.score, a.dims, a.layers) == (b.score, b.dims, b.layers)
+        for name in ("tau", "lowest_sink", "highest_other", "confidence", "gaps"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-4)
+    keep = whole.tokens.image[0] < 0
+    text = {
+        name: whole.inputs[name][:1, keep & whole.tokens.live[0]].repeat(1, 3) for name in words
+    }
+    with_text = ss.calibrate(lvlm, [*rows, lvlm.prepare(inputs=text)])
+    assert with_text.vision == many.vision
+    assert with_text.n_samples == 4
+    assert with_text.language.instances >= many.language.instances
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

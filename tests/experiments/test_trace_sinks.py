@@ -11,6 +11,7 @@ import sinkscope as ss
 from sinkscope import detectors
 from sinkscope.errors import DetectorError, SelectionError
 from sinkscope.experiments.measuring import birth_block, carry
+from sinkscope.results import same
 from sinkscope.testing import plant, random_image, sink_free
 
 GIVEN = (detectors.Norm("valley"), detectors.SinkDimensions((41, 101), 3.0))
@@ -180,6 +181,104 @@ def test_the_mean_of_merged_tokens_must_pass_too(tiny, batch):
                "threshold": torch.full_like(v.threshold, limit)}
         )  # fmt: skip
         assert int(carry(sample, one, feed, merge).sum()) == found
+
+
+def with_a_text_row(sample):
+    """Inputs of a sample and one row more without an image, and that row alone."""
+    tokens = sample.tokens
+    ids = tokens.ids[0][tokens.live[0] & (tokens.image[0] < 0)]
+    ids = torch.cat([ids, ids[-6:]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    whole, alone = dict(sample.inputs), {}
+    for name, value in sample.inputs.items():
+        if value.shape == tokens.ids.shape:
+            row = given.get(name, torch.zeros_like(ids))
+            padded = torch.nn.functional.pad(row, (value.shape[1] - len(row), 0))
+            whole[name], alone[name] = torch.cat([value, padded[None]]), row[None]
+    return whole, alone
+
+
+def check_alike(got, want):
+    """Equal words, whole numbers and masks; other numbers up to what padding changes."""
+    if isinstance(got, dict):
+        assert got.keys() == want.keys()
+        got, want = tuple(got.values()), tuple(want.values())
+    if isinstance(got, tuple) and isinstance(want, tuple):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            check_alike(one, other)
+    elif isinstance(got, (float, torch.Tensor)) and want is not None:
+        close = {"rtol": 2e-3, "atol": 1e-4, "equal_nan": True}
+        torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), **close)
+    else:
+        assert got == want
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
+@pytest.mark.parametrize(
+    "rule", [None, detectors.Received(times_null=2.0)], ids=["gap", "received"]
+)
+def test_every_row_of_a_batch_is_traced_as_if_alone(tiny, batch, family, rule):
+    """One image, two images, none; unequal lengths; padding on the left."""
+    lvlm = tiny(family)
+    gap = detectors.Gap(1.2, 2.0, 0.01, 0.5)  # so low that random weights meet it
+    inputs, text = with_a_text_row(batch(lvlm))
+    images = [[random_image(96, 120, 0)], [random_image(70, 64, 1), random_image(120, 60, 2)]]
+    words = ["what is it", "how many red shapes are in the two pictures ?"]
+    alone = [lvlm.prepare(images=i, text=t) for i, t in zip(images, words, strict=True)]
+    alone.append(lvlm.prepare(inputs=text))
+    whole = ss.trace_sinks(lvlm, lvlm.prepare(inputs=inputs), rule or gap, rule or gap)
+    owner, pads = whole.sample.tokens.vision.batch_row, ~whole.sample.tokens.live
+    assert not (whole.v_sinks | whole.attended | whole.l_detection.any_layer())[pads].any()
+    for row, sample in enumerate(alone):
+        v = rule or gap if row < 2 else detectors.NoSinks()
+        one, n, seen = ss.trace_sinks(lvlm, sample, v, rule or gap), len(sample.tokens.ids[0]), []
+        for trace, at, images in ((whole, row, owner == row), (one, 0, slice(None))):
+            low, high, language = trace.l_detection, trace.v_detection, trace.language
+            seen.append({"v": trace.v_sinks[at, -n:], "attended": trace.attended[at, -n:]})
+            seen[-1] |= {"l": low.mask[at, :, -n:], "scores": low.scores[at, :, -n:]}
+            seen[-1] |= {"limit": low.threshold[at], "drawn": language.drawn()[at, :, -n:]}
+            seen[-1] |= {"times": language.prominence()[at, :, -n:]}
+            seen[-1] |= {"received": language.received.received[at, :, :, -n:]}
+            shift, cut = trace.sample.tokens.ids.shape[1] - n, one.v_detection.mask.shape[2]
+            if row < 2:
+                seen[-1] |= {"vision": high.mask[images, :, :cut]}
+                seen[-1] |= {"vision scores": high.scores[images, :, :cut]}
+                seen[-1] |= {"patches": trace.vision.drawn()[images, :, :cut]}
+            mine = [record.to_dict() for record in trace.records if record.batch == at]
+            own = {"batch": 0, "box": None}  # a box of given inputs is in other pixels
+            seen[-1]["records"] = tuple(r | own | {"pos": r["pos"] - shift} for r in mine)
+            few = [c for c in trace.candidates if c.tower == "language" and c.row == at]
+            seen[-1]["candidates"] = tuple((c.pos - shift, c.flagged, c.drawn_at) for c in few)
+        check_alike(*seen)
+    assert {record.batch for record in whole.records} >= {0, 1}
+
+
+def test_no_question_is_asked_twice(planted, monkeypatch):
+    """The norms of a norm rule and the spikes of a massive rule are read anyway."""
+    made, lvlm = planted
+    run, asked = lvlm.run, []
+    monkeypatch.setattr(lvlm, "run", lambda s, p, **k: (asked.append(p), run(s, p, **k))[1])
+    few = [detectors.Norm(100.0), detectors.Massive(10.0, 5.0)]
+    limits = detectors.Limits("ratio", [5.0] * lvlm.anatomy.language.n_layers)
+    for rules in (few, [detectors.Gap(), limits], [detectors.Massive(), detectors.Gap()]):
+        trace = traced(made, lvlm, *rules)
+        probes = asked.pop()
+        assert not any(same(a, b) for i, a in enumerate(probes) for b in probes[:i])
+        assert not any(getattr(probe, "k", 16) == 1 for probe in probes)
+        found = ss.detect(lvlm, trace.sample, rules[1])
+        for name in ("mask", "scores", "threshold"):
+            assert torch.equal(getattr(found, name), getattr(trace.l_detection, name))
+        assert found.null == trace.l_detection.null
+
+
+def test_what_spikes_in_a_batch_is_named_with_its_row(planted):
+    made, lvlm = planted
+    never, texts = (detectors.Norm(1e9), detectors.Massive(1e9)), ["<image>\nwhat ?"] * 2
+    said = traced(made, lvlm, *never, texts=texts).outcomes
+    assert "patch 1,1 of image 1 (" in said["vision"]
+    assert "of row 1 (" in said["language"]
+    assert "of row" not in traced(made, lvlm, *never).outcomes["language"]
 
 
 @pytest.mark.parametrize(

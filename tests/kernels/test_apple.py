@@ -63,6 +63,12 @@ class Asked(TorchDispatchMode):
         return out
 
 
+OTHERWISE = dict.fromkeys(
+    ("received", "null", "others", "others_null", "sink_mass", "routed"), 1e-3
+)
+"""Fields that the CPU has from log-sum-exps, which no operation gives on MPS."""
+
+
 @pytest.mark.parametrize("family", ["qwen2.5-vl"])
 def test_passes_ask_for_nothing_that_mps_lacks(written, family):
     with Asked() as seen:
@@ -98,7 +104,7 @@ def test_every_probe_and_edit_runs_on_a_stand_in_and_gives_the_same():
         assert weights_digest(apple.module) == weights_digest(lvlm.module)
         got, want = apple.run(same, probes), lvlm.run(sample, probes)
         for probe in probes:
-            assert_same(got[probe], want[probe])
+            assert_same(got[probe], want[probe], rounded=OTHERWISE)
         for edit in [*edits, ss.LSG.for_model(lvlm, **gate)]:
             try:
                 logits = lvlm.run(sample, interventions=[edit]).logits

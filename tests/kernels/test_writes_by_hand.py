@@ -225,9 +225,7 @@ def test_what_arrives_in_the_stream(dtype, size):
             assert "arrived" not in state
             assert writes.arrives(wrote, state, live, *names) == {}  # nothing is known
         else:
-            said = (
-                r"What model.0.attn \(SimpleNamespace\) adds to the stream is not what .* 0.attn.o"
-            )
+            said = r"What model.0.attn \(SimpleNamespace\) adds to the stream is not what .* model.0.attn.o"
             with pytest.raises(ValueError, match=said):
                 writes.arrives(wrote, state, live, *names)
 
@@ -277,3 +275,14 @@ def test_names_of_modules():
     envoy = SimpleNamespace(_get_name=lambda: "Linear8bit")
     known = {"paths": {id(envoy): "model.layers.0.o_proj"}}
     assert writes.name_of(envoy, known) == "model.layers.0.o_proj (Linear8bit)"
+
+
+def test_which_half_writes_more_into_the_largest_channel():
+    attention, mlp = torch.tensor([[[1.0, -9.0, 2.0]] * 2]), torch.tensor([[[5.0, 8.0, -2.5]] * 2])
+    state, halves = {}, ("attn_out", "mlp_out")
+    for half, value in zip(halves, (attention, mlp), strict=True):
+        assert writes.keep_half(value, state, half) == {}
+    after = torch.tensor([[[0.0, -17.0, 3.0], [0.0, 1.0, 3.0]]], dtype=torch.bfloat16)
+    attention.zero_()  # a model that adds in place
+    assert writes.more_written(after, state, halves).tolist() == [[1.0, -0.5]]
+    assert state == {}
