@@ -19,6 +19,7 @@ import torch
 
 from sinkscope.kernels.attention import key_of, query_of
 from sinkscope.kernels.edits import settle
+from sinkscope.kernels.writes import proven
 
 
 def locate(root, path):
@@ -249,6 +250,7 @@ def walk(root, tracer, plan, number=0, memory=None):
     for step in plan:
         value = read_site(root, tracer, step, state, out)
         ask(root, step, value, state, out)
+    proven(state)
     settle(out, state)
     return brought(out)
 

@@ -84,20 +84,46 @@ def name_of(module, state):
     return f"{path} ({kind})"
 
 
-def check_same(got, want, size, live, dtype, what):
-    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``."""
+def columns_of(projection, like):
+    """What a projection makes of every dimension alone, ``[width d_model]``, and its bias, in fp32: the weights
+    of a plain linear map, else its `answers`."""
+    module = getattr(projection, "_module", projection)
+    hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+    weight = module.weight.detach() if type(module) is torch.nn.Linear and not hooked else None
+    if weight is not None and (weight.dtype, weight.device) == (like.dtype, like.device):
+        bias = weight.new_zeros(()) if module.bias is None else module.bias.detach()
+        return weight.float().T, bias.float()
+    return answers(projection, torch.eye(like.shape[-1], dtype=like.dtype, device=like.device))
+
+
+def check_same(got, want, size, live, dtype, what, state=None):
+    """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``; with a ``state`` at
+    the end of the pass, for all layers at once (`proven`)."""
     want = want.reshape(got.shape).float()
-    off = (got - want).norm(dim=-1) / torch.maximum(size, want.norm(dim=-1)).clamp(min=1e-30)
-    known = want.isfinite().all(dim=-1)
-    off = off[known if live is None else known & live_at(live, got)]
-    # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
-    rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
-    if not bool((off <= 4 * torch.finfo(rough).eps).all()):
-        raise ValueError(
-            f"{what}: off by up to {float(off.max()):.2g} of its size. Expected linear maps only, "
-            "because parts of attention's output cannot be followed through anything else. Take off "
-            "what changes it (a hook, a wrapper), or read site='attn_out' instead."
-        )
+    whole = want.norm(dim=-1)
+    off = (got - want).norm(dim=-1) / torch.maximum(size, whole).clamp(min=1e-30)
+    known = whole.isfinite() if live is None else whole.isfinite() & live_at(live, got)
+    if off.numel():
+        # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
+        rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
+        told = off.masked_fill(~known, 0.0).amax(), 4 * torch.finfo(rough).eps, what
+        late = {"same": []} if state is None else state
+        late.setdefault("same", []).append(told)
+        if state is None:
+            proven(late)
+
+
+def proven(state):
+    """ValueError with the first of the wholes of `check_same` that is not the sum of its parts."""
+    told = state.pop("same", [])
+    worst = torch.stack([off.to(told[0][0].device) for off, _, _ in told]).tolist() if told else []
+    for off, (_, limit, what) in zip(worst, told, strict=True):
+        if not off <= limit:
+            raise ValueError(
+                f"{what}: off by up to {off:.2g} of its size. Expected linear maps only, because parts "
+                "of attention's output cannot be followed through anything else. Take off what changes "
+                "it (a hook, a wrapper), or read site='attn_out' instead."
+            )
 
 
 def way(calls, state, projection, parts, live, asked=None):
@@ -117,14 +143,12 @@ def way(calls, state, projection, parts, live, asked=None):
         by_head, bias = pushed(x, projection)
         total = by_head.sum(2)
     else:
-        columns, bias = answers(
-            projection, torch.eye(heads * width, dtype=x.dtype, device=x.device)
-        )
+        columns, bias = columns_of(projection, x.flatten(2))
         total = x.flatten(2).float() @ columns
         made["matrix"] = onward(columns, *passed).reshape(heads, width, -1)
     size = total.norm(dim=-1) + bias.norm()
     what = f"{name_of(projection, state)} is not a linear map of attention's output"
-    check_same(total + bias, wrote, size, live, x.dtype, what)
+    check_same(total + bias, wrote, size, live, x.dtype, what, state)
     total, made["scale"] = wrote.float(), torch.ones_like(size)
     for part, one in zip(parts, passed, strict=True):
         mapped = onward(total, one)
@@ -164,7 +188,7 @@ def arrives(states, state, live, attention, projection):
     if total is not None:
         what = f"What {name_of(attention, state)} adds to the stream is not what its heads write through "
         what, added = what + name_of(projection, state), state["unedited"]
-        check_same(total, added, total.norm(dim=-1), live, added.dtype, what)
+        check_same(total, added, total.norm(dim=-1), live, added.dtype, what, state)
     return {}
 
 

@@ -27,6 +27,7 @@ from sinkscope.kernels.walk import (
     last_logits,
     read_states,
 )
+from sinkscope.kernels.writes import proven
 from sinkscope.models.requests import Plan
 from sinkscope.models.wrapping import STATE, Inputs, Wrapped, held, lent, part_at, without_nnsight
 
@@ -147,6 +148,7 @@ class Pass:
             got = f"The forward pass ended without {step['tower']}.{step['name']}({step['layer']})"
             wanted = f"expected {step['path']} to be called, as the anatomy says"
             raise AttentionCallError(f"{got}; {wanted}. Leave out what reads or edits that site.")
+        proven(self._state)
         settle(self._out, self._state)
         self.made.append((brought(self._out), self._pick(logits)))
         self._begin()
