@@ -36,10 +36,10 @@ def explained(*, moved: bool) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, IndexError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if f"{os.sep}sinkscope{os.sep}" in frame.filename]
+        ours = [i for i, one in enumerate(frames) if f"{os.sep}sinkscope{os.sep}" in one.filename]
+        last = frames[ours[-1] + 1 :] if ours else []
         said, known = str(error).strip(), (errors.SinkscopeError, torch.OutOfMemoryError)
-        inside = bool(ours) and "kernels" in ours[-1].filename
-        last = frames[frames.index(ours[-1]) + 1 :] if ours else []
+        inside = bool(ours) and "kernels" in frames[ours[-1]].filename
         theirs = any("site-packages" not in frame.filename for frame in last)  # a user's own kernel
         own = type(error) not in (ValueError, RuntimeError, IndexError)
         if isinstance(error, known) or own or theirs or not (inside or moved):
@@ -49,7 +49,7 @@ def explained(*, moved: bool) -> Iterator[None]:
             wanted = "a tower whose masks and positions follow the number of tokens"
             raise errors.InterventionError(f"{got}; expected {wanted}.") from error
         if not str(frames[-1].line).startswith("raise"):
-            got = f"{ours[-1].name} failed on what this model gives it ({type(error).__name__}: {said})"
+            got = f"{frames[ours[-1]].name} failed on what this model gives it ({type(error).__name__}: {said})"
             raise errors.ModelError(
                 f"{got}; expected what its anatomy says. Please report this class."
             ) from error
