@@ -160,10 +160,11 @@ class ReceivedAttention(
     """Mean attention each key receives from the queries that can see it, per head. Exact.
 
     ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
-    computed in fp32 as the gradient of the model's own attention with respect to its values. ``queries``
+    computed from log-sum-exps where torch's fused kernels give them (in half precision within 1e-4), else in
+    fp32 as the gradient of the model's own attention with respect to its values. ``queries``
     is a selection, or None for all live ones. ``others`` asks for the mean over other tokens' queries too,
-    for `ReceivedResult.excess`: one more attention call per layer. It needs ``null``. ``events`` asks for the
-    dominant key of every head and how many queries route to it, for `ReceivedResult.event`: one call more.
+    for `ReceivedResult.excess`, and needs ``null``. ``events`` asks for the dominant key of every head and
+    how many queries route to it, for `ReceivedResult.event`. With gradients each costs one call more.
     """
 
     layers: Any = None

@@ -1,7 +1,7 @@
 """Checks of what every probe and every intervention must keep, for those of the library and your own."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -208,7 +208,8 @@ def is_frozen(record: Any) -> bool:
 
 def tensors_of(result: Any) -> dict[str, Tensor]:
     """The tensors of a result record, by field."""
-    return {k: v for k, v in vars(result).items() if isinstance(v, Tensor)}
+    given = {field.name: getattr(result, field.name) for field in fields(result)}
+    return {name: value for name, value in given.items() if isinstance(value, Tensor)}
 
 
 def same(one: Tensor, other: Tensor) -> bool:

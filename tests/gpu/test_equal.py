@@ -56,7 +56,7 @@ def own_weights(lvlm, sample):
 @dtypes
 @pytest.mark.parametrize("padded", [False, True], ids=["one", "padded"])
 def test_attention_probes_equal_the_weights(on, batch, moved, family, dtype, padded):
-    """Rounded as its values are, or in fp32 exact; in fp32 also under the eager kernel."""
+    """Rounded as its values are, or exact; in fp32 also under the eager kernel."""
     lvlm = on(family, dtype)
     sample = moved(batch(lvlm) if padded else single(lvlm))
     live, alive = sample.tokens.live, sample.tokens.live[:, None, None]
@@ -73,7 +73,8 @@ def test_attention_probes_equal_the_weights(on, batch, moved, family, dtype, pad
         assert torch.equal(run.logits[live], plain(lvlm, sample).cpu()[live])
         assert far(run[mass].mass, masses, alive[..., None]) < TOLERANCE[dtype]
         assert far(run[exact].mass, masses, alive[..., None]) < 2e-5
-        assert far(run[received].received, column, alive) < 2e-5
+        summed = 2e-5 if dtype == torch.float32 else 1e-4  # from log-sum-exps of half precision
+        assert far(run[received].received, column, alive) < summed
         assert far(run[patterns].patterns[:, :, :, 0], want[..., -1, :], alive) < 2e-5
     if dtype == torch.float32:
         eager = language_attention(lvlm, sample.inputs).cpu()
