@@ -161,10 +161,10 @@ class ReceivedAttention(
 
     ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
     computed from log-sum-exps where torch's fused kernels give them (in half precision within 1e-4), else in
-    fp32 as the gradient of the model's own attention with respect to its values. ``queries``
-    is a selection, or None for all live ones. ``others`` asks for the mean over other tokens' queries too,
-    for `ReceivedResult.excess`, and needs ``null``. ``events`` asks for the dominant key of every head and
-    how many queries route to it, for `ReceivedResult.event`. With gradients each costs one call more.
+    fp32 as the gradient of attention by its values. ``queries`` is a selection, or None for all live ones.
+    ``others`` asks for the mean over other tokens' queries too, for `ReceivedResult.excess`, and needs ``null``.
+    ``events`` asks for the dominant key of every head and how many queries route to it, for
+    `ReceivedResult.event`. With gradients each costs one call more.
     """
 
     layers: Any = None
@@ -181,9 +181,12 @@ class ReceivedAttention(
         live = context.live(self.tower)
         if self.queries is not None and not context.step:
             live = live & context.flat(self.tower, self.queries)
-        live = context.pack(self.tower, live, dim=1)
-        asked = {"null": self.null, "others": self.others}
-        return {"live": live, **asked, "events": self.events and not context.step}
+        asked = {
+            "null": self.null,
+            "others": self.others,
+            "events": self.events and not context.step,
+        }
+        return {"live": context.pack(self.tower, live, dim=1), **asked}
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ReceivedResult:
         """Stack the layers and mask the padding, and keys that fewer than 8 other tokens see."""
