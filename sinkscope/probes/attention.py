@@ -159,12 +159,11 @@ class ReceivedAttention(
 ):
     """Mean attention each key receives from the queries that can see it, per head. Exact.
 
-    ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3),
-    computed from log-sum-exps where torch's fused kernels give them (in half precision within 1e-4), else in
-    fp32 as the gradient of attention by its values. ``queries`` is a selection, or None for all live ones.
-    ``others`` asks for the mean over other tokens' queries too, for `ReceivedResult.excess`, and needs ``null``.
-    ``events`` asks for the dominant key of every head and how many queries route to it, for
-    `ReceivedResult.event`. With gradients each costs one call more.
+    ``r_k = sum_i A_ik / #{i : i sees k}`` over live queries (Gu et al., 2410.10781, section 3), from log-sum-exps
+    where torch's kernels give them (in half precision within 1e-4), else in fp32 as the gradient of attention by
+    its values. ``queries`` is a selection, or None for all live ones. ``others`` asks for the mean over other
+    tokens' queries too, for `ReceivedResult.excess`, and needs ``null``. ``events`` asks for the dominant key of
+    every head and how many queries route to it, for `ReceivedResult.event`.
     """
 
     layers: Any = None
@@ -181,11 +180,8 @@ class ReceivedAttention(
         live = context.live(self.tower)
         if self.queries is not None and not context.step:
             live = live & context.flat(self.tower, self.queries)
-        asked = {
-            "null": self.null,
-            "others": self.others,
-            "events": self.events and not context.step,
-        }
+        events = self.events and not context.step
+        asked = {"null": self.null, "others": self.others, "events": events}
         return {"live": context.pack(self.tower, live, dim=1), **asked}
 
     def finish(self, answers: Mapping[Site, Any], context: Context) -> ReceivedResult:
@@ -194,9 +190,9 @@ class ReceivedAttention(
         if not self.others:
             return found
         few = stack_layers(answers, "seeing", keys=found.others_null.shape[2]) < LEAST_SEEING
-        others = found.others.masked_fill(few[:, :, None], float("nan"))
-        null = found.others_null.masked_fill(few, float("nan"))
-        return replace(found, others=others, others_null=null)
+        found.others.masked_fill_(few[:, :, None], float("nan"))
+        found.others_null.masked_fill_(few, float("nan"))
+        return found
 
 
 @dataclass(frozen=True, eq=False)
