@@ -116,8 +116,8 @@ def registry_of(module: nn.Module) -> Any:
 
 def looks_up(module: nn.Module) -> bool:
     """Whether a module asks its file's registry for its function; some do not under eager attention."""
-    asks = kernel_of(getattr(module, "config", None)) != "eager" or _asks(type(module).forward)
-    return registry_of(module) is not None and asks
+    asks = _asks(type(module).forward) or kernel_of(getattr(module, "config", None)) != "eager"
+    return asks and registry_of(module) is not None
 
 
 @lru_cache(maxsize=256)

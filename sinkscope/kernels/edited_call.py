@@ -146,7 +146,7 @@ def made_at_once(call, state, gate, whole, change):
 def knowing(call, output):
     """The edited call with its output, which is then not computed again."""
     named, _ = arguments(call)
-    call[0].known = [(named["query"], named["key"], named["value"], output)]
+    call[0].known.append((named["query"], named["key"], named["value"], output))
     return call
 
 
@@ -216,18 +216,20 @@ def weights_by_key(call, float32):
 
 def attend(base, recipe):
     """The function that a recipe makes of ``base``; it takes `ask`'s ``keep`` and returns no weights."""
+    known = []  # by itself: a function that names itself is freed late, and what it holds with it
 
     def edited(*args, **kwargs):
         keep = kwargs.pop("keep", None)
         named, rest = arguments((None, args, kwargs))
         asked = (named["query"], named["key"], named["value"])
-        if edited.known and all(a is b for a, b in zip(asked, edited.known[0], strict=False)):
-            return edited.known.pop()[-1], None
+        if known and all(a is b for a, b in zip(asked, known[0], strict=False)):
+            return known.pop()[-1], None
         return replaced(base, recipe, named, rest, keep), None
 
-    edited.base, edited.recipe, edited.known = base, recipe, []
+    edited.base, edited.recipe, edited.known = base, recipe, known
     edited.plain = getattr(base, "plain", base)
-    edited.attends = attend(base, {**recipe, "values": ()}) if recipe["values"] else edited
+    if recipe["values"]:
+        edited.attends = attend(base, {**recipe, "values": ()})
     return edited
 
 
