@@ -6,6 +6,7 @@ module looks up through `Pass.attend`. Both ways read the same plan and give the
 """
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -63,7 +64,8 @@ class Pass:
     """The passes of one run, the prompt's and those of decode steps, and what was asked in them.
 
     ``plans`` are for the prompt and for a decode step; ``at`` is the part whose passes count; ``pick`` takes
-    what to keep of its logits. A site is visited once per pass, as often as nnsight does it.
+    what to keep of its logits. A site is visited once per pass, as often as nnsight does it; passes of other
+    threads are none of these.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Pass:
     ) -> None:
         self._root, self._known, self._at, self._pick = model.module, model.parts, at, pick
         self._plans = [_by_place(plan) for plan in plans]
-        self._asking = False
+        self._asking, self._thread = False, threading.get_ident()
         self._memory: dict[Any, Any] = {}
         self._placed: dict[Any, Any] = {}
         self._waiting: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -111,7 +113,7 @@ class Pass:
 
         @functools.wraps(body)  # generate reads the names of its arguments
         def forward(*args: Any, **named: Any) -> Any:
-            if self._asking:  # a kernel uses a module of the model
+            if self._away:
                 return body(*args, **named)
             args, named = self._quietly(self.enter, path, args, named)
             out = self._quietly(self.leave, path, body(*args, **named))
@@ -128,12 +130,17 @@ class Pass:
 
         def attend(*args: Any, **named: Any) -> Any:
             path = modules.get(id(args[0] if args else named.get("module")))
-            if path is None or self._asking or (path, "attention") not in self._waiting:
+            if path is None or self._away or (path, "attention") not in self._waiting:
                 return function(*args, **named)
             edited, args, named = self._quietly(self.attend, path, (function, args, named))
             return edited(*args, **named)
 
         return attend
+
+    @property
+    def _away(self) -> bool:
+        """Whether a kernel uses a module of the model, or another thread does."""
+        return self._asking or threading.get_ident() != self._thread
 
     def _begin(self) -> None:
         """Wait for a pass; generate may run the vision tower before it calls the model."""

@@ -1,6 +1,7 @@
 """Two ways to run a plan, by hooks and through nnsight: the same bits, and the same under a user's own hooks."""
 
 import dataclasses
+import threading
 
 import nnsight
 import pytest
@@ -128,6 +129,28 @@ def test_a_users_own_nnsight(fresh):
         theirs.model.language_model.layers[1].self_attn.source.attention_interface_1.output.save()
     after = both(lvlm, sample)
     assert torch.equal(after.logits, before.logits)
+
+
+def test_a_pass_of_another_thread_is_none_of_ours(fresh):
+    """A user's plain pass in the middle of a run: neither is disturbed."""
+    lvlm, sample = fresh
+    probes = [PROBES["mass"](), ss.TokenNorms(site="resid_post")]
+    want, theirs = lvlm.run(sample, probes), []
+
+    def plain():
+        with torch.no_grad():
+            theirs.append(lvlm.module(**sample.inputs).logits)
+
+    def once(module, args):
+        handle.remove()
+        thread = threading.Thread(target=plain)
+        thread.start()
+        thread.join()
+
+    block = lvlm.module.get_submodule(lvlm.anatomy.language.blocks[1])
+    handle = block.register_forward_pre_hook(once)
+    assert_same(lvlm.run(sample, probes, engine="hooks"), want)
+    assert torch.equal(theirs[0], want.logits)
 
 
 def test_which_engine_runs(fresh):
