@@ -265,7 +265,8 @@ def only(call, rows):
         or any(x is not None for x in extras)
     ):
         return None
-    at, causal = rows.clamp(min=0), is_causal(named, rest)
+    # Eager attention hides nothing without a mask.
+    at, causal = rows.clamp(min=0), call[0].__name__ == WRITTEN[0] and is_causal(named, rest)
     index = at[:, None, :, None]
     if mask is None and not causal:
         seen = None

@@ -104,7 +104,7 @@ def located(call, state, span, keys, live, rows, heads, spare_empty):
     given = (
         *map(id, (keys, live, rows)),
         span,
-        None if heads is None else tuple(heads),
+        heads if heads is None else tuple(heads),
         spare_empty,
     )
     others = tuple(x for x in rest.values() if torch.is_tensor(x))
@@ -123,17 +123,21 @@ def made_at_once(call, state, gate, whole, change):
 
     ``(output, less)``: what the edited function gives, joined by the ``gate`` unless it holds everywhere, and
     ``[batch head query]``, by how much the log-sum-exp of the logits fell; None where no kernel gives it, or a
-    graph is kept. The first plain output of a pass is compared with the model's own, bit for bit.
+    graph is kept. The first plain output of each shape in a pass is compared with the model's own, bit for bit.
     """
-    if hasattr(call[0], "recipe") or torch.is_grad_enabled() or not state.get("fused", True):
+    if hasattr(call[0], "recipe") or torch.is_grad_enabled():
         return None
     named, rest = arguments(call)
+    mask = named["attention_mask"]
+    own = ("fused", named["query"].shape, named["key"].shape, None if mask is None else mask.shape)
+    if not state.get(own, True):
+        return None
     new, rest = change(named, rest)
     if not kernel_for(new["query"], new["attention_mask"]) or (plain := fused(call)) is None:
         return None
-    if "fused" not in state:
-        state["fused"] = torch.equal(plain.output, ask(call))
-    if not state["fused"]:
+    if own not in state:
+        state[own] = torch.equal(plain.output, ask(call))
+    if not state[own]:
         return None
     same = new["query"] is named["query"]  # the change is a mask
     other = plain.under(new["attention_mask"]) if same else fused((call[0], (), {**new, **rest}))
@@ -162,7 +166,7 @@ def counts(gate, keys, empty):
 
 def totals(gate, mass):
     """Attention ``[... batch head query]`` summed over the rows and heads where an edit holds, ``[... batch]``."""
-    return (mass * gate[..., 0].transpose(1, 2)).sum(dim=(-2, -1))
+    return torch.where(gate[..., 0].transpose(1, 2), mass, 0.0).sum(dim=(-2, -1))
 
 
 def effect_of(before, after, gate, keys, empty, measure):
@@ -269,11 +273,9 @@ def biased(base, steps, named, rest, at=0):
     gate, change = steps[at]
     # A bias rides in extra head dimensions, which the output does not keep.
     other = biased(base, steps, *change(named, rest), at + 1)[..., : named["value"].shape[-1]]
-    return (
-        other
-        if gate is None
-        else torch.where(gate, other, biased(base, steps, named, rest, at + 1))
-    )
+    if gate is None:
+        return other
+    return torch.where(gate, other, biased(base, steps, named, rest, at + 1))
 
 
 def column(keys, value):

@@ -84,10 +84,8 @@ def edit_logits(call, state, span, found, factor, measure):
     mark = ("bias", id(keys), bias)
     if mark not in state:
         row = torch.zeros(keys.shape, device=keys.device).masked_fill(keys, bias)
-        state[mark] = (
-            bias_keys(row, largest=abs(bias), explicit=getattr(call[0], "__name__", "") in WRITTEN),
-            keys,
-        )
+        explicit = getattr(call[0], "__name__", "") in WRITTEN
+        state[mark] = bias_keys(row, abs(bias), explicit), keys
     change = state[mark][0]
     after = with_change(call, state, None if whole else gate, change)
 
@@ -154,11 +152,8 @@ def bias_keys(bias, largest=None, explicit=False):
         query, mask = named["query"], named["attention_mask"]
         width, scaling = query.shape[-1], rest.get("scaling")
         sizes = (query.shape[2], named["key"].shape[2])
-        if (
-            explicit
-            and math.prod(sizes) <= FEW
-            and (query.dtype == torch.float32 or largest == -MASKED)
-        ):
+        lossless = query.dtype == torch.float32 or largest == -MASKED
+        if explicit and lossless and math.prod(sizes) <= FEW:
             key = (id(mask), sizes, query.dtype, rest.get("sliding_window"), is_causal(named, rest))
             if key not in made:
                 made[key] = masked(named, rest, bias), mask

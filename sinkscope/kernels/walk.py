@@ -239,6 +239,7 @@ def ask(root, step, value, state, out):
         if device.type != "cpu":
             state["held"] = state.get("held", 0) + sum(x.nbytes for x in tensors_in(answer))
     if state.get("held", 0) > HELD:
+        settle(out, state)
         out |= brought(out)
         state["held"] = 0
 

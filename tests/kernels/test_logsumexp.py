@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from sinkscope.kernels import attention, edits, logsumexp, received
+from sinkscope.kernels.edited_call import totals
 
 HEADS, WIDTH = 4, 8
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
@@ -174,11 +176,12 @@ def test_a_plain_output_that_is_not_the_models_is_not_used(monkeypatch):
     keys, live = torch.arange(21)[None].expand(2, -1) < 2, torch.ones(2, 21, dtype=torch.bool)
     with torch.no_grad():
         edits.edit_keys(call, state, None, keys, live, 0.0)
-        assert state["fused"] is True
+        (own,) = [key for key in state if key[0] == "fused"]
+        assert state[own] is True
         real, other = logsumexp.run_fused, {"stage": "logits"}
         monkeypatch.setattr(logsumexp, "run_fused", lambda *a: (1.0001 * real(*a)[0], real(*a)[1]))
         _, effect = edits.edit_keys(call, other, None, keys, live, 0.0)
-    assert other["fused"] is False
+    assert other[own] is False
     assert "before" in effect
 
 
@@ -189,3 +192,32 @@ def test_a_graph_is_kept_where_one_is_wanted():
     keys, live = torch.arange(21)[None].expand(2, -1) < 2, torch.ones(2, 21, dtype=torch.bool)
     after, _ = edits.edit_keys(call, {"stage": "logits"}, None, keys, live, 0.0)
     assert after[0](*after[1], **after[2])[0].requires_grad
+
+
+def test_masses_of_rows_that_see_nothing_do_not_count():
+    """A row that a mask hides everything from may have NaN in an answer of another kernel."""
+    gate = torch.tensor([True, False]).reshape(1, 2, 1, 1)
+    mass = torch.tensor([0.25, float("nan")]).expand(1, 3, 2)
+    assert totals(gate, mass).tolist() == [0.75]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", ["none", "bool", "added"])
+@pytest.mark.parametrize(
+    "function", [sdpa_attention_forward, eager_attention_forward], ids=["sdpa", "eager"]
+)
+def test_masses_of_few_queries_are_asked_for_these_alone(function, mask, causal):
+    """Absent queries are NaN; eager attention hides nothing where it gets no mask, whatever the module says."""
+    eager = function is eager_attention_forward
+    given = masks("added" if eager and mask == "bool" else mask, torch.float32)
+    call = (function, *call_of(mask=given, causal=causal)[1:])
+    call[1][0].training = False
+    rows, groups = torch.tensor([[20, 5], [7, -1]]), torch.zeros(2, 21, 2)
+    groups[:, :3, 0] = groups[:, 6, 1] = 1
+    got = attention.group_mass([call], {}, groups, rows)
+    every = attention.group_mass([call], {}, groups)
+    for name, axis in (("mass", 2), ("null", 1)):
+        want = attention.pick(every[name], rows, axis)
+        assert torch.allclose(got[name].nan_to_num(-1), want.nan_to_num(-1), atol=1e-6)
+    assert attention.only(call, rows) is not None
+    assert attention.only(call, torch.arange(21)[None].expand(2, -1)) is None  # no gain

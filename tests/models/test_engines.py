@@ -222,3 +222,12 @@ def test_answers_are_no_views_of_what_a_later_layer_may_change(fresh):
 
 def itself(states, state):
     return states
+
+
+def test_answers_that_come_over_before_the_pass_ends(fresh, monkeypatch):
+    """Many answers leave a device early; the masses of edits, which wait for other layers, are not lost."""
+    lvlm, sample = fresh
+    probes, edits = [PROBES["mass"](), ss.ReceivedAttention()], EDITS["mask"]()
+    want = lvlm.run(sample, probes, edits)
+    monkeypatch.setattr("sinkscope.kernels.walk.HELD", -1)
+    assert_same(lvlm.run(sample, probes, edits), want)
