@@ -6,6 +6,7 @@ import threading
 import nnsight
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import sinkscope as ss
 from sinkscope.errors import AttentionCallError, InputError
@@ -17,6 +18,7 @@ from sinkscope.interventions import (
     EvictKeys,
     Redistribute,
 )
+from sinkscope.kernels import walk
 from sinkscope.protocols import Read
 from sinkscope.testing import TINY, random_image
 from sinkscope.testing.contracts import tensors_of
@@ -229,5 +231,6 @@ def test_answers_that_come_over_before_the_pass_ends(fresh, monkeypatch):
     lvlm, sample = fresh
     probes, edits = [PROBES["mass"](), ss.ReceivedAttention()], EDITS["mask"]()
     want = lvlm.run(sample, probes, edits)
-    monkeypatch.setattr("sinkscope.kernels.walk.HELD", -1)
+    monkeypatch.setattr(walk, "HELD", -1)
+    monkeypatch.setattr(walk, "brought", lambda x: tree_map(torch.clone, x))  # as from a GPU
     assert_same(lvlm.run(sample, probes, edits), want)
