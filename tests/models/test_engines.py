@@ -20,7 +20,7 @@ from sinkscope.interventions import (
 )
 from sinkscope.kernels import walk
 from sinkscope.protocols import Read
-from sinkscope.testing import TINY, random_image
+from sinkscope.testing import TINY, random_image, tiny_llava
 from sinkscope.testing.contracts import tensors_of
 from tests.conftest import FAMILIES
 
@@ -234,3 +234,29 @@ def test_answers_that_come_over_before_the_pass_ends(fresh, monkeypatch):
     monkeypatch.setattr(walk, "HELD", -1)
     monkeypatch.setattr(walk, "brought", lambda x: tree_map(torch.clone, x))  # as from a GPU
     assert_same(lvlm.run(sample, probes, edits), want)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "learned sinks"])
+def test_the_fast_way_is_the_general_one(tiny, batch, family, monkeypatch):
+    """Log-sum-exps against gradients and further calls: padding, GQA, windows, decoding; sinks have one way."""
+    sinks = family == "learned sinks"
+    made = tiny_llava("siglip", "gpt_oss", attn_implementation="eager") if sinks else None
+    lvlm = tiny(family) if made is None else ss.LVLM(*made)
+    sample, told = batch(lvlm), []
+    for general in (False, True):
+        if general:
+            for room in ("logsumexp", "edited_call"):
+                monkeypatch.setattr(f"sinkscope.kernels.{room}.kernel_for", lambda *_: None)
+        edits = [ss.MaskKeys("first", heads=[1]), ss.ScaleAttention("image", 0.5, layers=[0, 1])]
+        probes = [
+            ss.ReceivedAttention(others=True, events=True),
+            ss.ReceivedAttention(tower="vision"),
+        ]
+        runs = [lvlm.run(sample, probes), lvlm.run(sample, interventions=edits[:1])]
+        runs.append(lvlm.run(sample, interventions=edits[1:]))
+        made = lvlm.generate(sample, [ss.ReceivedAttention()], edits[:1], max_new_tokens=3)
+        told.append([everything(run) for run in (*runs, *made.steps)])
+    for fast, slow in zip(*told, strict=True):
+        for name, value in fast.items():
+            near = torch.isclose(value.double(), slow[name].double(), atol=2e-5, equal_nan=True)
+            assert near.all(), name
