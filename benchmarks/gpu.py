@@ -45,7 +45,7 @@ from transformers.utils import logging as transformers_logging
 import sinkscope as ss
 from benchmarks.probe_overhead import machine
 from benchmarks.timing import Line, table, time_rounds, verdict, write
-from benchmarks.watched import Shape, Step, answers, passes, twin
+from benchmarks.watched import BOUND, Shape, Step, answers, bounded, passes, twin
 
 GROUPS = {"first": "first", "image": "image", "text": "text"}
 DTYPE = torch.bfloat16
@@ -100,6 +100,7 @@ class Model:
             twin(module, "eager"),
             ss.LVLM(module),
         )
+        self.twice = bounded(module)
         self.weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
     def lines(self, block: Block) -> list[Line]:
@@ -114,6 +115,7 @@ class Model:
             rules = ss.detectors.Norm(1e4), ss.detectors.Massive()
             steps["trace_sinks"] = partial(ss.trace_sinks, self.lvlm, sample, *rules)
         else:
+            steps[BOUND] = partial(last_logits, self.twice, inputs)
             steps |= passes(self.lvlm, sample, GROUPS, "first", logits="last")
             if block.tokens <= 2048:
                 steps["eager, output_attentions"] = partial(eager, self.eager, inputs, sample)

@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 import sinkscope as ss
 from benchmarks.probe_overhead import load, machine
 from benchmarks.timing import Line, table, time_rounds, verdict, write
-from benchmarks.watched import Shape, answers, passes, twin
+from benchmarks.watched import BOUND, Shape, answers, bounded, passes, twin
 
 SHAPE = Shape(32, 32, 2, 64, 128, 2, 32, 2, 28)
 NEW_TOKENS = 16
@@ -64,7 +64,8 @@ def blocks() -> dict[str, list[Line]]:
     sample = lvlm.prepare(inputs=inputs)
     rules = ss.detectors.Norm(100.0), ss.detectors.Massive()
     short: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    one = {"plain": partial(plain, **inputs), **passes(lvlm, sample, GROUPS, "image")}
+    one = {"plain": partial(plain, **inputs), BOUND: partial(bounded(plain), **inputs)}
+    one |= passes(lvlm, sample, GROUPS, "image")
     one["trace_sinks, rules given"] = partial(ss.trace_sinks, lvlm, sample, *rules)
     many = {"plain": partial(plain.generate, **inputs, **short)}
     many |= answers(lvlm, sample, GROUPS, "image", **short)

@@ -227,57 +227,60 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
             part = keys_in(groups, span, len(calls) > 1, state)
             state[key] = part, padded(part, value)
         part, columns = state[key]
-        few = only(call, rows) if rows is not None and layout is None else None
+        few = only(call, rows, state) if rows is not None and layout is None else None
         found = weigh_values(few or call, columns, float32=float32)
         # Its own memory: a view would hold all columns that the kernel was asked for.
         masses.append(found.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
         if null:
             flat = shared_null(state, call, mark, weigh_values, part, True, float32)
-            nulls.append(flat[:, 0].float())
+            nulls.append(flat)
     mass = masses[0] if len(masses) == 1 else torch.cat(masses, dim=2)
-    kept = (
-        rows
-        if few is None
-        else torch.arange(rows.shape[1], device=rows.device).where(rows >= 0, rows)
-    )
-    out = {"mass": pick(unpack(mass, layout, 2), kept, 2)}
+    if few is None:
+        mass = pick(unpack(mass, layout, 2), rows, 2)
+    elif absent(rows, state):
+        mass = mass.masked_fill((rows < 0)[:, None, :, None], float("nan"))
+    out = {"mass": mass}
     if null:
-        flat = nulls[0] if len(nulls) == 1 else torch.cat(nulls, dim=1)
-        out["null"] = pick(unpack(flat, layout, 1), rows, 1)
+        key = ("null", id(rows), *map(id, nulls))
+        if key not in state:
+            flat = torch.cat([flat[:, 0] for flat in nulls], dim=1).float()
+            state[key] = pick(unpack(flat, layout, 1), rows, 1)
+        out["null"] = state[key]
     return out
 
 
-def only(call, rows):
+def absent(rows, state):
+    """Whether some of the ``rows`` are -1; looked at once per pass."""
+    key = ("absent", id(rows))
+    if key not in state:
+        state[key] = bool((rows < 0).any())
+    return state[key]
+
+
+def only(call, rows, state):
     """The call of some queries ``[batch row]`` alone, under the mask that they have in it; None where that
     is no gain, or where more than queries, keys and the mask decides what they see."""
     named, rest = arguments(call)
     query, mask = named["query"], named["attention_mask"]
     n_query, n_key = query.shape[2], named["key"].shape[2]
-    plain = getattr(call[0], "__name__", "") in (
-        "sdpa_attention_forward",
-        "eager_attention_forward",
-    )
+    plain = getattr(call[0], "__name__", "") in WRITTEN
     extras = [rest.get("sliding_window") if mask is None else None, rest.get("position_bias")]
-    if (
-        rows is None
-        or not plain
-        or 4 * rows.shape[1] > n_query
-        or any(x is not None for x in extras)
-    ):
+    if not plain or 4 * rows.shape[1] > n_query or any(x is not None for x in extras):
         return None
     # Eager attention hides nothing without a mask.
-    at, causal = rows.clamp(min=0), call[0].__name__ == WRITTEN[0] and is_causal(named, rest)
-    index = at[:, None, :, None]
-    if mask is None and not causal:
-        seen = None
-    elif mask is None:
-        seen = torch.arange(n_key, device=at.device) <= index
-        seen = torch.zeros(seen.shape, dtype=query.dtype, device=at.device).masked_fill_(
-            ~seen, float("-inf")
-        )
-    else:
-        mask = mask.expand(len(rows), -1, -1, -1)[..., :n_key]
-        seen = mask.gather(2, index.expand(-1, mask.shape[1], -1, n_key))
+    causal = mask is None and call[0].__name__ == WRITTEN[0] and is_causal(named, rest)
+    key = ("only", id(rows), id(mask), causal, n_query, n_key, query.dtype)
+    if key not in state:
+        index, seen = rows.clamp(min=0)[:, None, :, None], None
+        if mask is not None:
+            seen = mask.expand(len(rows), -1, -1, -1)[..., :n_key]
+            seen = seen.gather(2, index.expand(-1, mask.shape[1], -1, n_key))
+        elif causal and not bool((rows == n_key - 1).all()):
+            hidden = torch.arange(n_key, device=rows.device) > index
+            seen = torch.zeros(hidden.shape, dtype=query.dtype, device=rows.device)
+            seen = seen.masked_fill_(hidden, float("-inf"))
+        state[key] = index, seen, mask
+    index, seen, _ = state[key]
     query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[-1]))
     return call[0], (), {**named, **rest, "query": query, "attention_mask": seen}
 

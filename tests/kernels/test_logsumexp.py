@@ -212,12 +212,13 @@ def test_masses_of_few_queries_are_asked_for_these_alone(function, mask, causal)
     given = masks("added" if eager and mask == "bool" else mask, torch.float32)
     call = (function, *call_of(mask=given, causal=causal)[1:])
     call[1][0].training = False
-    rows, groups = torch.tensor([[20, 5], [7, -1]]), torch.zeros(2, 21, 2)
+    groups = torch.zeros(2, 21, 2)
     groups[:, :3, 0] = groups[:, 6, 1] = 1
-    got = attention.group_mass([call], {}, groups, rows)
     every = attention.group_mass([call], {}, groups)
-    for name, axis in (("mass", 2), ("null", 1)):
-        want = attention.pick(every[name], rows, axis)
-        assert torch.allclose(got[name].nan_to_num(-1), want.nan_to_num(-1), atol=1e-6)
-    assert attention.only(call, rows) is not None
-    assert attention.only(call, torch.arange(21)[None].expand(2, -1)) is None  # no gain
+    for rows in (torch.tensor([[20, 5], [7, -1]]), torch.tensor([[20], [20]])):
+        got = attention.group_mass([call], {}, groups, rows)
+        for name, axis in (("mass", 2), ("null", 1)):
+            want = attention.pick(every[name], rows, axis)
+            assert torch.allclose(got[name].nan_to_num(-1), want.nan_to_num(-1), atol=1e-6)
+        assert attention.only(call, rows, {}) is not None
+    assert attention.only(call, torch.arange(21)[None].expand(2, -1), {}) is None  # no gain
