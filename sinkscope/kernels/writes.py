@@ -84,18 +84,6 @@ def name_of(module, state):
     return f"{path} ({kind})"
 
 
-def columns_of(projection, like):
-    """What a projection makes of every dimension alone, ``[width d_model]``, and its bias, in fp32: the weights
-    of a plain linear map, else its `answers`."""
-    module = getattr(projection, "_module", projection)
-    hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-    weight = module.weight.detach() if type(module) is torch.nn.Linear and not hooked else None
-    if weight is not None and (weight.dtype, weight.device) == (like.dtype, like.device):
-        bias = weight.new_zeros(()) if module.bias is None else module.bias.detach()
-        return weight.float().T, bias.float()
-    return answers(projection, torch.eye(like.shape[-1], dtype=like.dtype, device=like.device))
-
-
 def check_same(got, want, size, live, dtype, what, state=None):
     """Refuse parts whose sum ``got`` ``[batch query d_model]`` is not the whole, ``want``; with a ``state`` at
     the end of the pass, for all layers at once (`proven`)."""
@@ -143,7 +131,9 @@ def way(calls, state, projection, parts, live, asked=None):
         by_head, bias = pushed(x, projection)
         total = by_head.sum(2)
     else:
-        columns, bias = columns_of(projection, x.flatten(2))
+        columns, bias = answers(
+            projection, torch.eye(heads * width, dtype=x.dtype, device=x.device)
+        )
         total = x.flatten(2).float() @ columns
         made["matrix"] = onward(columns, *passed).reshape(heads, width, -1)
     size = total.norm(dim=-1) + bias.norm()
