@@ -3,9 +3,10 @@
 One run compares, on a small random LLaVA and at several prompt lengths,
 
 * the plain forward pass of ``transformers`` (SDPA), which knows nothing of sinkscope;
-* the same through nnsight without a probe;
+* the same through `LVLM.run` without a probe, by hooks and through nnsight;
 * `AttentionMass` of four groups at every layer, with its null;
 * `ReceivedAttention` at every layer, with its null;
+* `MaskKeys` on the first token in every layer, with its effects;
 * eager attention with ``output_attentions=True``, reduced to the same four groups;
 * TransformerLens' cache of attention patterns, reduced to the same, where it is installed.
 
@@ -145,7 +146,25 @@ def prepare_trace(module: LlavaForConditionalGeneration) -> Step:
     lvlm = ss.LVLM(module)
 
     def step(sample: ss.models.Sample) -> None:
+        lvlm.run(sample, engine="nnsight")
+
+    return step
+
+
+def prepare_hooks(module: LlavaForConditionalGeneration) -> Step:
+    lvlm = ss.LVLM(module)
+
+    def step(sample: ss.models.Sample) -> None:
         lvlm.run(sample)
+
+    return step
+
+
+def prepare_mask(module: LlavaForConditionalGeneration) -> Step:
+    lvlm = ss.LVLM(module)
+
+    def step(sample: ss.models.Sample) -> None:
+        lvlm.run(sample, interventions=[ss.MaskKeys("first", layers=None)])
 
     return step
 
@@ -207,9 +226,11 @@ def one_hot(sample: ss.models.Sample) -> Tensor:
 
 VARIANTS = {
     "plain": Variant("plain forward", prepare_plain),
-    "trace": Variant("nnsight, no probe", prepare_trace),
+    "hooks": Variant("no probe", prepare_hooks),
+    "trace": Variant("no probe, through nnsight", prepare_trace),
     "mass": Variant("`AttentionMass`, all layers", prepare_mass),
     "received": Variant("`ReceivedAttention`, all layers", prepare_received),
+    "mask": Variant("`MaskKeys` on the first token, all layers", prepare_mask),
     "eager": Variant("eager, `output_attentions=True`", prepare_eager, "eager"),
     "transformer_lens": Variant("TransformerLens cache", prepare_transformer_lens, "eager"),
 }

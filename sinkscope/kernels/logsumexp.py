@@ -83,11 +83,11 @@ def run_fused(query, key, value, mask, causal, scale):
     return found[0], found[1][..., : query.shape[2]].float()
 
 
-def column_sums(of, rows):
+def column_sums(of, rows, state):
     """Sums of attention over the queries in ``rows`` ``[batch query]`` bool, ``[batch head key]`` in fp32. Keys
-    that the mask hides from all queries may have any."""
+    that the mask hides from all queries may have any. What layers share is kept in ``state``."""
     if of.exact and of.lse.numel() * of.key.shape[2] <= SMALL:
-        before = later_keys(of) if of.mask is None else of.mask.mT
+        before = later_keys(of, state) if of.mask is None else of.mask.mT
         before = before - torch.where(rows[:, None], of.lse, -UNSEEN)[:, :, None]
         return run_fused(of.key, of.query, of.query, before, False, of.scale)[1].exp()
     bias = torch.where(rows[:, None], -of.lse / of.scale, UNSEEN)
@@ -106,13 +106,15 @@ def column_sums(of, rows):
     return found.flip(2) if of.causal else found
 
 
-def later_keys(of):
+def later_keys(of, state):
     """Minus infinity where a query comes before the key, ``[key query]``; 0 where no key is hidden."""
-    if not of.causal:
-        return of.lse.new_zeros(())
-    every = torch.arange(of.key.shape[2], device=of.key.device)
-    empty = torch.zeros(len(every), len(every), dtype=of.key.dtype, device=of.key.device)
-    return empty.masked_fill_(every < every[:, None], float("-inf"))
+    many, key = of.key.shape[2], ("later", of.causal, of.key.shape[2], of.key.dtype)
+    if key not in state:
+        every = torch.arange(many, device=of.key.device)
+        empty = torch.zeros(many, many, dtype=of.key.dtype, device=of.key.device)
+        hidden = empty.masked_fill_(every < every[:, None], float("-inf"))
+        state[key] = hidden if of.causal else of.lse.new_zeros(())
+    return state[key]
 
 
 def own_weights(of):

@@ -44,7 +44,7 @@ def received(calls, state, live, layout=None, null=True, others=False, events=Fa
         rows = live[:, q_at:q_to] if len(calls) > 1 else live[:, -(q_to - q_at) :]
         of, mark = fused(call), ("received", id(live), others, null, k_at, k_to)
         flat = shared_null(state, call, mark, under_uniform, rows, others, null)
-        total, own = column_sums(call, rows, others, of=of, count=flat["count"])
+        total, own = column_sums(call, rows, others, state, of=of, count=flat["count"])
         one = {"received": total / flat["count"][:, None]}
         columns.append((total, flat["count"][:, None]))
         told.append(of)
@@ -68,7 +68,7 @@ def under_uniform(call, rows, others, null):
         own_row = torch.nn.functional.pad(rows.float(), (count.shape[1] - rows.shape[1], 0))
         found["seeing"] = count - own_row
     if null:
-        total, own = column_sums(call, rows, others, True, count=count)
+        total, own = column_sums(call, rows, others, {}, True, count=count)
         found["null"] = total[:, 0] / count
         if others:
             found["others_null"] = mean(total[:, 0] - own[:, 0], found["seeing"])
@@ -126,12 +126,12 @@ def mean(total, count):
     return (total / count.clamp(min=1)).clamp(min=0).masked_fill(count == 0, float("nan"))
 
 
-def column_sums(call, rows, others, null=False, of=None, count=None):
+def column_sums(call, rows, others, state, null=False, of=None, count=None):
     """Sums of attention over live queries, ``[batch head key]``, and each token's own share of it; ``of`` is
     what a fused kernel knows of the call, and ``count`` ``[batch key]`` how many queries see each key."""
     of = fused(call, null) if of is None else of
     if of is not None:
-        total = fused_sums(of, rows)
+        total = fused_sums(of, rows, state)
         if of.mask is not None:
             total = total.masked_fill(count[:, None] == 0, 0.0)
         own = fused_weights(of).masked_fill(~rows[:, None], 0.0) if others else None

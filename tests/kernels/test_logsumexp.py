@@ -69,7 +69,7 @@ def test_what_follows_from_the_log_sum_exp(dtype, given, small, monkeypatch):
     alive = rows[:, None].expand_as(lse)
     assert torch.allclose(of.lse[alive].double(), lse[alive], atol=near)
     sums = (want * rows[:, None, :, None]).sum(2)
-    got, seen = logsumexp.column_sums(of, rows).double(), sums > 0
+    got, seen = logsumexp.column_sums(of, rows, {}).double(), sums > 0
     assert torch.allclose(got[seen], sums[seen], atol=near, rtol=near)
     own = want[..., -want.shape[2] :].diagonal(dim1=2, dim2=3)
     assert torch.allclose(logsumexp.own_weights(of)[alive].double(), own[alive], atol=near)
@@ -87,7 +87,7 @@ def test_half_precision_needs_all_parts_of_a_number():
     for parts in (1, 3):
         logsumexp.PARTS, kept = parts, logsumexp.PARTS
         try:
-            got = logsumexp.column_sums(of, rows).double() * torch.tensor(60.0).double().exp()
+            got = logsumexp.column_sums(of, rows, {}).double() * torch.tensor(60.0).double().exp()
         finally:
             logsumexp.PARTS = kept
         errors[parts] = float(((got - want.sum(2)) / want.sum(2)).abs().max())
