@@ -115,7 +115,8 @@ class Prompted:
                 state = states[read.site.layer][:, : self.last + 1]
                 given = resolve(None, read.parameters, state.device, {})
                 told[read.site] = detached(read.kernel(state, {}, **given))
-            result = probe.finish(brought(told), context)
+            answers: Any = brought(told)
+            result = probe.finish(answers, context)
             mask = decide(rule, result, visual, live, "language", anatomy).mask[0]
         else:
             mask = detect(lvlm, self.sample, rule, layers=blocks).mask[0]

@@ -50,7 +50,7 @@ def fused(call, null=False):
     plain = plain and rest.get("position_bias") is None
     square = mask is not None or not causal or query.shape[2] == key.shape[2]
     same = query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[-1] % EXTRA == 0
-    if not (ours and plain and square and same and kernel_for(query, mask)):
+    if not (ours and plain and square and same and kernel_for(query, mask, EXTRA)):
         return None
     if mask is not None:
         mask = mask[..., : key.shape[2]]
@@ -65,12 +65,13 @@ def fused(call, null=False):
     return Fused(query, key, value, mask, mask is None and causal, scale)
 
 
-def kernel_for(query, mask):
-    """Torch's operation that gives the log-sum-exp of a call, None if there is none."""
+def kernel_for(query, mask, more=0):
+    """Torch's operation that gives the log-sum-exp of a call with so many ``more`` head dimensions, None if
+    there is none."""
     if query.device.type == "cpu":
         return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type == "cuda" and half and mask is None and query.shape[-1] + EXTRA <= 256:
+    if query.device.type == "cuda" and half and mask is None and query.shape[-1] + more <= 256:
         return getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
     return None
 
@@ -78,8 +79,12 @@ def kernel_for(query, mask):
 def run_fused(query, key, value, mask, causal, scale):
     """The output ``[batch head query d_head]``, and the log-sum-exp of the logits of every query, ``[batch head
     query]`` in fp32."""
-    masks = {} if mask is None else {"attn_mask": mask}
-    found = kernel_for(query, mask)(query, key, value, 0.0, causal, **masks, scale=scale)
+    masks, kernel = {} if mask is None else {"attn_mask": mask}, kernel_for(query, mask)
+    if kernel is None:  # what is asked here is asked of calls that have one
+        raise RuntimeError(
+            "Got a call without a fused kernel; expected one that `kernel_for` knows."
+        )
+    found = kernel(query, key, value, 0.0, causal, **masks, scale=scale)
     return found[0], found[1][..., : query.shape[2]].float()
 
 
