@@ -76,11 +76,13 @@ def plan_of(
         step["stages"] += [one.stage] if isinstance(one, Edit) else []
     plan = [step_at(context.anatomy, site, **steps[site]) for site in in_order(steps)]
     moved = {getattr(it, "changes_positions_of", None) for it in interventions}
+    here = {step["tower"] for step in plan} - {"projector", *moved}
+    shapes = {
+        tower: tuple(context.live(tower).shape) for tower in here if context.layout(tower) is None
+    }
     for step in plan:
-        tower = step["tower"]
-        if tower not in ("projector", *moved) and context.layout(tower) is None:
-            step["tokens"] = tuple(context.live(tower).shape)  # of decode steps the keys may be any
-            step["keys"] = not context.step
+        if (tower := step["tower"]) in shapes:  # of decode steps the keys may be any
+            step |= {"tokens": shapes[tower], "keys": not context.step}
         step |= {"moved": tower in moved, "measure": effects}
     return plan
 

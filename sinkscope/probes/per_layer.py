@@ -62,8 +62,9 @@ class LayerProbe(Record):
         for site in sites:
             check_choice(self.at_sites, site=site, error=ProbeError)
         parameters = self._parameters(context) | ({} if layout is None else {"layout": layout})
+        differ = {name: x for name, x in parameters.items() if isinstance(x, ByLayer)}
         for layer in self._layers(context):
-            own = {n: p.at(layer) if isinstance(p, ByLayer) else p for n, p in parameters.items()}
+            own = parameters | {name: x.at(layer) for name, x in differ.items()}
             reads += [Read(Site(self.tower, site, layer), self.kernel, own) for site in sites]
         return reads
 
