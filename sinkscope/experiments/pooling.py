@@ -136,9 +136,8 @@ def pool(
                 masks += group.draw(mask, seeds) if isinstance(group, RandomGroup) else [mask]
             probe = GroupMeans({str(i): mask for i, mask in enumerate(masks)}, layers, site=site)
             result = lvlm.run(sample, [probe], logits="last", remote=remote)[probe]
-            means.append(
-                result.means
-            )  # fp32 [batch layer column d_model], NaN where a group is empty
+            # fp32 [batch layer column d_model], NaN where a group is empty
+            means.append(result.means)
             counts.append(result.count)
     count = torch.cat(counts).numpy()
     columns = [name for name in groups for _ in range(getattr(groups[name], "repeats", 1))]
