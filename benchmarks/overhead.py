@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 import sinkscope as ss
 from benchmarks.probe_overhead import load, machine
 from benchmarks.timing import Line, table, time_rounds, verdict, write
-from benchmarks.watched import BOUND, Shape, answers, bounded, passes, twin
+from benchmarks.watched import BOUND, Shape, Step, answers, bounded, passes, twin
 
 SHAPE = Shape(32, 32, 2, 64, 128, 2, 32, 2, 28)
 NEW_TOKENS = 16
@@ -69,10 +69,32 @@ def blocks() -> dict[str, list[Line]]:
     one["trace_sinks, rules given"] = partial(ss.trace_sinks, lvlm, sample, *rules)
     many = {"plain": partial(plain.generate, **inputs, **short)}
     many |= answers(lvlm, sample, GROUPS, "image", **short)
+    alone = {"plain": one["plain"], **questions(lvlm, sample, one["trace_sinks, rules given"])}
+    every = (("one pass", one), ("decoding", many), ("questions of trace_sinks", alone))
     return {
         name: [Line(label, step, AIMS.get(label)) for label, step in steps.items()]
-        for name, steps in (("one pass", one), ("decoding", many))
+        for name, steps in every
     }
+
+
+def questions(lvlm: Any, sample: Any, trace: Step) -> dict[str, Step]:
+    """Label -> a pass with one of the probes that a trace asks in its one pass."""
+    asked, run = [], lvlm.run
+
+    def listen(sample: Any, probes: Any = (), **how: Any) -> Any:
+        asked.extend(probes)
+        return run(sample, probes, **how)
+
+    lvlm.run = listen
+    try:
+        trace()
+    finally:
+        del lvlm.run
+    steps = {"no probe": partial(run, sample)}
+    for probe in asked:
+        where = ", ".join(str(getattr(probe, name, "")) for name in ("tower", "site"))
+        steps[f"{type(probe).__name__}, {where}".rstrip(", ")] = partial(run, sample, [probe])
+    return steps
 
 
 def measure(run: Callable[[], object]) -> tuple[float, int]:
@@ -131,8 +153,8 @@ def text_of(report: dict[str, Any]) -> str:
         f"{report['date']}; {m['cpu']}, one thread, CPU seconds, load {m['load before timing']} before timing; "
         f"{versions}. A decoder of {SHAPE.layers} layers of {SHAPE.width} channels, 21 tokens; decoding makes {NEW_TOKENS} tokens."
     ]
-    for rows in report["rows"].values():
-        out += ["", *table(rows, memory=False, unit="CPU time")]
+    for name, rows in report["rows"].items():
+        out += ["", f"**{name}**", "", *table(rows, memory=False, unit="CPU time")]
     out += ["", report["verdict"]]
     if "profiles" in report:
         out += ["", "Where the time of one pass goes, under `cProfile`, which makes Python slower:"]
@@ -161,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report |= {"machine": facts, "clock": "CPU seconds", "rows": {}}
     made, until = blocks(), time.monotonic() + 600
     for name, lines in made.items():
-        rounds = options.rounds if name == "one pass" else max(3, options.rounds // 4)
+        rounds = max(3, options.rounds // 4) if name == "decoding" else options.rounds
         report["rows"][name] = time_rounds(lines, rounds, measure, until, warm=True, strict=True)
     if options.profile:
         steps = {line.label: line.run for line in made["one pass"]}

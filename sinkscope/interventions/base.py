@@ -11,7 +11,8 @@ from sinkscope.anatomy.towers import TowerAnatomy
 from sinkscope.checks import check_choice, check_number, is_whole
 from sinkscope.errors import InterventionError, NoEffectError, SelectionError
 from sinkscope.interventions.live import LiveRule, judged
-from sinkscope.kernels.edits import EXTRA, WIDEST
+from sinkscope.kernels.attention import EXTRA
+from sinkscope.kernels.edits import WIDEST
 from sinkscope.protocols import BaseIntervention, Edit
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection

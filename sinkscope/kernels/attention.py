@@ -18,6 +18,7 @@ sequence. A call is ``(function, positional arguments, keyword arguments)`` as i
 import torch
 
 WRITTEN = ("sdpa_attention_forward", "eager_attention_forward")  # they take any mask
+EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 NAMES = ("module", "query", "key", "value", "attention_mask")
 
 
@@ -210,8 +211,8 @@ def shared_null(state, call, mark, make, *options):
     seen = (id(mask), id(ends), rest.get("sliding_window"), is_causal(named, rest), own)
     key = (mark, seen, tuple(named["query"].shape))
     if key not in state:
-        # The mask is kept so that its id cannot be given to another one, and so are the windows.
-        state[key] = (make(one_head(call), *options), mask, ends)
+        # What the key has by its id is kept, so that the id cannot be given to another one.
+        state[key] = (make(one_head(call), *options), mask, ends, options)
     return state[key][0]
 
 
@@ -225,8 +226,8 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
         key = ("columns", *mark, value.shape, value.dtype)
         if key not in state:
             part = keys_in(groups, span, len(calls) > 1, state)
-            state[key] = part, padded(part, value)
-        part, columns = state[key]
+            state[key] = part, padded(part, value), groups
+        part, columns, _ = state[key]
         few = only(call, rows, state) if rows is not None and layout is None else None
         found = weigh_values(few or call, columns, float32=float32)
         # Its own memory: a view would hold all columns that the kernel was asked for.
@@ -244,8 +245,8 @@ def group_mass(calls, state, groups, rows=None, null=True, float32=False, layout
         key = ("null", id(rows), *map(id, nulls))
         if key not in state:
             flat = torch.cat([flat[:, 0] for flat in nulls], dim=1).float()
-            state[key] = pick(unpack(flat, layout, 1), rows, 1)
-        out["null"] = state[key]
+            state[key] = pick(unpack(flat, layout, 1), rows, 1), rows, nulls
+        out["null"] = state[key][0]
     return out
 
 
@@ -253,8 +254,8 @@ def absent(rows, state):
     """Whether some of the ``rows`` are -1; looked at once per pass."""
     key = ("absent", id(rows))
     if key not in state:
-        state[key] = bool((rows < 0).any())
-    return state[key]
+        state[key] = bool((rows < 0).any()), rows
+    return state[key][0]
 
 
 def only(call, rows, state):
@@ -279,7 +280,7 @@ def only(call, rows, state):
             hidden = torch.arange(n_key, device=rows.device) > index
             seen = torch.zeros(hidden.shape, dtype=query.dtype, device=rows.device)
             seen = seen.masked_fill_(hidden, float("-inf"))
-        state[key] = index, seen, mask
+        state[key] = index, seen, (rows, mask)
     index, seen, _ = state[key]
     query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[-1]))
     return call[0], (), {**named, **rest, "query": query, "attention_mask": seen}

@@ -7,10 +7,12 @@ prompt. All return the edited call and its effect.
 """
 
 import math
+from functools import partial
 
 import torch
 
 from sinkscope.kernels.attention import (
+    EXTRA,
     WRITTEN,
     arguments,
     fit_keys,
@@ -38,7 +40,6 @@ from sinkscope.kernels.edited_call import (
 MASKED = -1.0e4
 WIDEST = 256
 FEW = 2**16  # logits of one head that may as well be written down
-EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 
 
 def edit_keys(call, state, span, keys, live, factor, rows=None, heads=None, measure=True):
@@ -89,13 +90,11 @@ def edit_logits(call, state, span, found, factor, measure):
     change = state[mark][0]
     after = with_change(call, state, None if whole else gate, change)
 
-    def scaled(mass):
-        return factor * mass / (1 + (factor - 1) * mass).clamp(min=1e-30)
-
     # Near 1 the quotient says little about the mass.
     fast = measure and abs(factor - 1) >= 0.1
     both = made_at_once(call, state, gate, whole, change) if fast else None
     if both is None:
+        scaled = partial(renormalised, factor)
         return after, told | weighed(call, keys, gate, scaled, measure)
     output, less = both
     if span is None:  # the sums over rows and heads wait for those of other layers
@@ -107,7 +106,12 @@ def edit_logits(call, state, span, found, factor, measure):
 def masses(less, factor):
     """Attention before and after a factor that made the log-sum-exp of the logits so much ``less``."""
     mass = torch.expm1(-less).div_(factor - 1).clamp_(0, 1)
-    return mass, factor * mass / (1 + (factor - 1) * mass).clamp(min=1e-30)
+    return mass, renormalised(factor, mass)
+
+
+def renormalised(factor, mass):
+    """What becomes of a mass whose weights are multiplied by a factor, where rows sum to one again."""
+    return factor * mass / (1 + (factor - 1) * mass).clamp(min=1e-30)
 
 
 def settle(out, state):

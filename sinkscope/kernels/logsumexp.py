@@ -11,10 +11,9 @@ A token's own weight, and that on any one key per head, follow from ``l`` and on
 
 import torch
 
-from sinkscope.kernels.attention import arguments, attending, is_causal
+from sinkscope.kernels.attention import EXTRA, arguments, attending, is_causal
 
 SMALL = 2**18  # logits that may as well be written down
-EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 PARTS = 3  # of a number in half precision
 UNSEEN = -3.0e4  # what leaves a query no weight, finite in half precision
 
@@ -23,7 +22,8 @@ class Fused:
     """A call whose log-sum-exp a fused kernel gives.
 
     ``query``, ``key`` and ``value`` ``[batch head pos d_head]``, ``mask`` ``[batch|1 head|1 query key]`` in
-    their dtype, or None, ``output`` ``[batch query head d_head]``, and ``lse`` ``[batch head query]`` in fp32; ``exact`` is whether all are in fp32.
+    their dtype, or None, ``output`` ``[batch query head d_head]``, and ``lse`` ``[batch head query]`` in fp32;
+    ``exact`` is whether all are in fp32.
     """
 
     def __init__(self, query, key, value, mask, causal, scale):

@@ -11,6 +11,7 @@ one, so its logit is that of the token's own key. ::
 import torch
 
 from sinkscope.kernels.attention import (
+    EXTRA,
     arguments,
     ask,
     attending,
@@ -22,7 +23,6 @@ from sinkscope.kernels.attention import (
     weigh_values,
     weights_on,
 )
-from sinkscope.kernels.edits import EXTRA
 from sinkscope.kernels.logsumexp import column_sums as fused_sums
 from sinkscope.kernels.logsumexp import fused, weights_on_key
 from sinkscope.kernels.logsumexp import own_weights as fused_weights

@@ -87,10 +87,15 @@ def choose_engine(engine: str | None, where: Where, module: Any, plans: Sequence
     check_choice((None, *ENGINES), error=errors.InputError, hint=hint, engine=engine)
     fits = not where and all(hooks.fits(module, plan) for plan in plans)
     if engine == "hooks" and not fits:
-        got = f"Got engine='hooks' {f'with remote={where!r}' if where else 'for attention that no registry'}"
-        wanted = "a run here" if where else " gives; expected attention of transformers' interface"
-        got = f"{got}; expected {wanted}" if where else f"{got}{wanted}"
-        raise errors.InputError(f"{got}. Write engine='nnsight'.")
+        got, wanted = f"with remote={where!r}", "a run here"
+        if not where:
+            got, wanted = (
+                "for attention that no registry gives",
+                "transformers' attention interface",
+            )
+        raise errors.InputError(
+            f"Got engine='hooks' {got}; expected {wanted}. Write engine='nnsight'."
+        )
     return engine or (DEFAULT if fits else "nnsight")
 
 
