@@ -44,7 +44,6 @@ AIMS = {
     "AttentionMass at every step": 1.4,
     "MaskKeys at every step": 1.6,
 }
-PROFILED = ("plain", "AttentionMass, all queries", "MaskKeys in all layers")
 OUT = Path(__file__).parent / "results" / "overhead.json"
 OURS = Path(ss.__file__).parent
 PARTS = {  # how a function's file names whose time it is; the first that fits
@@ -132,17 +131,16 @@ def time_by_part(run: Callable[[], object], passes: int = 5) -> dict[str, float]
 
 
 def profile_lines(profiles: dict[str, dict[str, float]]) -> list[str]:
-    """Each part of a probed pass, what it takes beyond the plain pass, and as a share of the whole."""
-    plain, out = profiles["plain"], []
-    for label, parts in profiles.items():
-        if label != "plain":
-            whole = sum(parts.values())
-            out += ["", f"| {label} | one pass | plain | more | share of the pass |"]
-            out += ["|---|---:|---:|---:|---:|"]
-            for name, spent in {**parts, "all": whole}.items():
-                before = plain[name] if name in plain else sum(plain.values())
-                cells = [f"{spent:.1f} ms", f"{before:.1f} ms", f"{spent - before:.1f} ms"]
-                out.append(f"| {name} | {' | '.join(cells)} | {(spent - before) / whole:.0%} |")
+    """What each probed line takes beyond the plain one, by whose code it is, and as a share of the whole."""
+    plain, parts = profiles["plain"], [*PARTS, "other"]
+    out = ["", f"| beyond plain | {' | '.join(parts)} | all | share of the line |"]
+    out += ["|---" + "|---:" * (len(parts) + 2) + "|"]
+    for label in [name for name in profiles if name != "plain"]:
+        spent = profiles[label]
+        more = {name: spent.get(name, 0.0) - plain.get(name, 0.0) for name in parts}
+        cells = [f"{ms:.1f} ms" for ms in (*more.values(), sum(more.values()))]
+        share = sum(more.values()) / sum(spent.values())
+        out.append(f"| {label} | {' | '.join(cells)} | {share:.0%} |")
     return out
 
 
@@ -158,7 +156,8 @@ def text_of(report: dict[str, Any]) -> str:
     out += ["", report["verdict"]]
     if "profiles" in report:
         out += ["", "Where the time of one pass goes, under `cProfile`, which makes Python slower:"]
-        out += profile_lines(report["profiles"])
+        for profiles in report["profiles"].values():
+            out += profile_lines(profiles)
     return "\n".join([*out, ""])
 
 
@@ -186,8 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds = max(3, options.rounds // 4) if name == "decoding" else options.rounds
         report["rows"][name] = time_rounds(lines, rounds, measure, until, warm=True, strict=True)
     if options.profile:
-        steps = {line.label: line.run for line in made["one pass"]}
-        report["profiles"] = {label: time_by_part(steps[label]) for label in PROFILED}
+        report["profiles"] = {
+            name: {x.label: time_by_part(x.run) for x in lines if x.label in ("plain", *AIMS)}
+            for name, lines in made.items()
+            if any(x.label in AIMS for x in lines)
+        }
     report["verdict"] = verdict([row for rows in report["rows"].values() for row in rows])
     print(text_of(report))
     if not options.no_write:
