@@ -7,7 +7,6 @@ prompt. All return the edited call and its effect.
 """
 
 import math
-from functools import partial
 
 import torch
 
@@ -94,8 +93,9 @@ def edit_logits(call, state, span, found, factor, measure):
     fast = measure and abs(factor - 1) >= 0.1
     both = made_at_once(call, state, gate, whole, change) if fast else None
     if both is None:
-        scaled = partial(renormalised, factor)
-        return after, told | weighed(call, keys, gate, scaled, measure)
+        return after, told | weighed(
+            call, keys, gate, lambda mass: renormalised(factor, mass), measure
+        )
     output, less = both
     if span is None:  # the sums over rows and heads wait for those of other layers
         state.setdefault("late", {})[id(less)] = (gate, factor)
