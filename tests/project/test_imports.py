@@ -37,6 +37,7 @@ ROOMS = [
     "data",
     "training",
     "lsg",
+    "scale",
     "experiments",
     "published",
     "cli",

@@ -1,0 +1,1 @@
+"""Run an experiment's parts here or on many workers."""
