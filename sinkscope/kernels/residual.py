@@ -71,11 +71,15 @@ def logits_of(out, scale=1.0, cap=0.0):
     return torch.tanh(out / cap) * cap if cap else out
 
 
-def lens(states, state, norm, head, positions=None, k=5, scale=1.0, cap=0.0, layout=None):
+def lens(
+    states, state, norm, head, positions=None, k=5, scale=1.0, cap=0.0, wanted=None, layout=None
+):
     """Logit lens: the modules ``norm`` and ``head`` of the model's output applied to earlier states, with the
     ``scale`` and ``cap`` of `logits_of`.
-    ``positions`` ``[batch row]`` are read, -1 where absent, or all; the ``k`` likeliest tokens are kept.
-    ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1 where absent.
+    ``positions`` ``[batch row]`` are read, -1 where absent, or all; the ``k`` likeliest tokens are kept, and
+    the log-probabilities of tokens ``wanted``, ``[batch row option]`` or such that it broadcasts, -1 for none.
+    ``{"tokens": [batch row k], "logprobs": [batch row k], "entropy": [batch row]}``, NaN / -1 where absent,
+    and ``"scores": [batch row option]``.
     """
     gone = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
     if positions is not None and states.shape[1] > 1:
@@ -85,11 +89,12 @@ def lens(states, state, norm, head, positions=None, k=5, scale=1.0, cap=0.0, lay
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1).masked_fill(gone, float("nan"))
     values, tokens = logprobs.topk(min(k, logprobs.shape[-1]))
     values = values.masked_fill(gone[..., None], float("nan"))
-    return {
-        "tokens": tokens.masked_fill(gone[..., None], -1),
-        "logprobs": values,
-        "entropy": entropy,
-    }
+    out = {"tokens": tokens.masked_fill(gone[..., None], -1), "logprobs": values, "entropy": entropy}
+    if wanted is not None:
+        wanted = wanted.expand(*logprobs.shape[:2], -1)
+        scores, none = logprobs.gather(2, wanted.clamp(min=0)), gone[..., None] | (wanted < 0)
+        out["scores"] = scores.masked_fill(none, float("nan"))
+    return out
 
 
 def channels(states, state, index, layout=None):

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinkscope.anatomy.context import Context
-from sinkscope.checks import check_choice, is_whole
+from sinkscope.checks import check_choice, check_whole, is_whole
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.kernels import residual as kernels
 from sinkscope.probes.per_layer import ByLayer, LayerProbe
@@ -256,24 +256,33 @@ class GroupMeans(LayerProbe, kernel=kernels.group_means, result=GroupMeansResult
 
 @dataclass(frozen=True, eq=False)
 class LensResult(Result, columns={"token": "tokens", "logprob": "logprobs"}):
-    """What the LM head reads from intermediate states; ``logprobs`` and ``entropy`` in nats. ``tokens`` are
-    ids, most likely first, -1 where there is none."""
+    """What the LM head reads from intermediate states; ``logprobs``, ``entropy`` and ``scores`` in nats.
+    ``tokens`` are ids, most likely first, -1 where there is none. ``scores`` are the log-probabilities of the
+    tokens that were asked for, None if none was."""
 
     tokens: Int[Tensor, "batch layer row k"]
     logprobs: Float[Tensor, "batch layer row k"]
     entropy: Float[Tensor, "batch layer row"]
     positions: Int[Tensor, "batch row"]
     layers: tuple[int, ...]
+    scores: Float[Tensor, "batch layer row option"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head", over="positions"):
     """The model's final norm and LM head applied to intermediate states of the decoder (nostalgebraist 2020).
-    ``positions`` selects the states, ``k`` is how many tokens to keep."""
+
+    Args:
+        positions: Which states.
+        k: How many of the likeliest tokens to keep.
+        score: Token ids whose log-probabilities to give too, such as those of two answers; or int
+            ``[batch row option]``, other ones at every position, -1 for none (for prompts only).
+    """
 
     positions: Selection = "last"
     layers: Any = None
     k: int = 5
+    score: Any = None
     site: str = "resid_post"
     tower: Tower = "language"
 
@@ -293,4 +302,23 @@ class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head"
             "head": ("@module", context.anatomy.head),
             "positions": self._rows(context, self.positions),
             "k": check_count(self.k, context.anatomy.vocab, "tokens"),
+            "wanted": None if self.score is None else self._wanted(context),
         }
+
+    def _wanted(self, context: Context) -> Tensor:
+        """The tokens of ``score``, ``[batch row option]`` or ``[1 1 option]``."""
+        ids, vocab, hint = self.score, context.anatomy.vocab, "Write score=[5, 9]"
+        if not isinstance(ids, Tensor):
+            some = [*ids] if isinstance(ids, Iterable) and not isinstance(ids, str) else [ids]
+            for token in some or [None]:
+                check_whole(0, vocab - 1, score=token, error=ProbeError, hint=f"{hint}, ids of tokens.")
+            return torch.tensor(some)[None, None]
+        shape = tuple(self._positions(context).shape)
+        whole = not (ids.is_floating_point() or ids.dtype == torch.bool)
+        inside = whole and ids.numel() and -1 <= int(ids.min()) and int(ids.max()) < vocab
+        if context.step or not inside or ids.ndim != 3 or tuple(ids.shape[:2]) != shape:
+            got = f"Got score of shape {tuple(ids.shape)} and dtype {ids.dtype}"
+            got += " at a decode step" * bool(context.step)
+            wanted = f"ids below {vocab}, whole numbers [{shape[0]}, {shape[1]}, option], of a prompt"
+            raise ProbeError(f"{got}; expected {wanted}. {hint} for the same ones everywhere.")
+        return ids

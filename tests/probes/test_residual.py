@@ -221,3 +221,38 @@ def test_hugging_faces_last_hidden_state_is_behind_the_final_norm(tiny, family):
     close(normed, theirs[-1])
     assert not torch.allclose(run[states].states[:, last], theirs[-1], rtol=0.1)
     assert torch.equal(run[norms].norms[:, last], run[states].states[:, last].norm(dim=-1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_lens_scores_tokens_that_are_asked_for(tiny, batch, family):
+    """The same everywhere, at every step too, and others at every position."""
+    lvlm = tiny(family)
+    sample = batch(lvlm)
+    few = ss.LogitLens(layers=[-1 + lvlm.anatomy.language.n_layers], score=[7, 3])
+    live = sample.tokens.live
+    positions = live.sum(dim=1).max()
+    ids = torch.full((2, int(positions), 2), -1)
+    ids[0, :, 0], ids[1, :2, 1] = 5, 9
+    each = ss.LogitLens(live, few.layers, k=1, score=ids)
+    run = lvlm.run(sample, [few, each])
+    logs = run.logits.log_softmax(dim=-1)
+    close(run[few].scores[:, 0, 0], logs[:, -1, [7, 3]])
+    got, at = run[each].scores[:, 0], run[each].positions
+    own = at[0] >= 0
+    close(got[0, own, 0], logs[0, at[0][own], 5])
+    close(got[1, :2, 1], logs[1, at[1, :2], 9])
+    assert got[0, :, 1].isnan().all()
+    assert got[1, :, 0].isnan().all()
+    assert got[1, 2:, 1].isnan().all()
+    steps = lvlm.generate(sample, [few], max_new_tokens=2).steps
+    close(steps[1][few].scores[:, 0, 0], steps[1].logits[:, -1].log_softmax(-1)[:, [7, 3]])
+    assert lvlm.run(sample, [ss.LogitLens()])[ss.LogitLens()].scores is None
+
+
+@pytest.mark.parametrize(
+    "score", [[], ["red"], [10**6], [-1], torch.zeros(2, 1, 1), torch.ones(2, 3, 1).long()]
+)
+def test_scores_of_no_token_are_refused(tiny, batch, score):
+    lvlm = tiny("llava-clip-llama")
+    with pytest.raises(ss.errors.ProbeError, match=r"Got score.*expected .*Write score=\[5, 9\]"):
+        lvlm.run(batch(lvlm), [ss.LogitLens(score=score)])
