@@ -77,6 +77,16 @@ def with_answers(
     return out, torch.stack(ends)
 
 
+def positions_for(lvlm: LVLM, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with positions that count from the first live token of a row, where padding moves it."""
+    module: Any = lvlm.module
+    # Qwen-VL derives positions from mask and image grid itself
+    computed = callable(getattr(module.base_model, "get_rope_index", None))
+    if computed or bool(inputs["attention_mask"].all()):
+        return dict(inputs)
+    return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
 def extend(inputs: Mapping[str, Any], continuation: Sequence[int]) -> dict[str, Any]:
     """`with_answers` of one row; the tokens may be none."""
     return with_answers(inputs, [continuation])[0]
@@ -324,10 +334,7 @@ def make_batch(
             f"Records {list(rows)} make {labels.shape[1]} tokens; expected at most {limit}, the "
             "length of the model. Leave the longest out, or make the images smaller."
         )
-    # Qwen-VL derives positions from mask and image grid itself
-    computed = callable(getattr(module.base_model, "get_rope_index", None))
-    if not computed and not bool(ready["attention_mask"].all()):
-        ready["position_ids"] = (ready["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    ready = positions_for(lvlm, ready)
     prompt = replace(tokens, live=tokens.live & (labels == IGNORED))
     return AnswerBatch(ready, labels, prompt, tuple(rows))
 

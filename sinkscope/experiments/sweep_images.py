@@ -96,21 +96,26 @@ class Prompted:
     low: Mapping[int, Tensor] = field(default_factory=dict)
 
     def with_l_sinks(
-        self, lvlm: LVLM, rule: Detector | None, states: Mapping[int, Tensor]
+        self,
+        lvlm: LVLM,
+        rule: Detector | None,
+        blocks: Sequence[int],
+        states: Mapping[int, Tensor] | None = None,
     ) -> Prompted:
-        """The same with its L-sinks, from what the edited blocks read, ``[1 pos d_model]``.
+        """The same with its L-sinks in the edited blocks, from what these read, ``[1 pos d_model]``.
 
-        A rule that looks at anything else, such as attention, has a pass of its own.
+        Without states, and for a rule that looks at anything else, such as attention, there is one more pass.
         """
         if rule is None:
             return self
-        blocks, anatomy = sorted(states), lvlm.anatomy.language
+        anatomy = lvlm.anatomy.language
         visual, live = visual_tokens(self.sample, "language")
         context, told = Context(lvlm.anatomy, self.sample.tokens), {}
         probe = rule.probe("language", blocks, anatomy)
         reads = probe.reads(context)
         own = {("language", STATE_SITE["language"], block) for block in blocks}
-        if {(read.site.tower, read.site.name, read.site.layer) for read in reads} <= own:
+        there = {(read.site.tower, read.site.name, read.site.layer) for read in reads}
+        if states is not None and there <= own:
             for read in reads:
                 state = states[read.site.layer][:, : self.last + 1]
                 given = resolve(None, read.parameters, state.device, {})
@@ -203,7 +208,7 @@ def _alone(
     for prompt in prompts:
         seen = [capture(lvlm, next(rest), rules.cells.blocks) for _ in prompt.asked.feeds]
         reading = answers.reading_of([prompt.asked], [prompt.last] * len(seen))
-        prompt = prompt.with_l_sinks(lvlm, rules.l_detector, seen[0].states)
+        prompt = prompt.with_l_sinks(lvlm, rules.l_detector, rules.cells.blocks, seen[0].states)
 
         def run(block: int, factors: Tensor, seen: Any = seen, reading: Any = reading) -> Any:
             by_row = []
@@ -215,9 +220,9 @@ def _alone(
             return [_each(reads, len(seen))[0] for reads in zip(*by_row, strict=True)]
 
         plain = [_read(x, reading, x.hidden, torch.tensor([i])) for i, x in enumerate(seen)]
-        (base,) = _answers([prompt], _each(plain, len(plain)))
+        (base,) = answered_by([prompt], _each(plain, len(plain)))
         for block in rules.cells.blocks:
-            yield from _cells([prompt], base, block, rules, run)
+            yield from cells_of([prompt], base, block, rules, run)
 
 
 def _shared(
@@ -234,7 +239,7 @@ def _shared(
         for prompt, own in zip(prompts, rows, strict=True):  # padding of the ending included
             one = slice(int(own[0]), int(own[0]) + 1)
             states = {at: torch.cat([x, ends[at][one]], dim=1) for at, x in stems.items()}
-            found.append(prompt.with_l_sinks(lvlm, low, states))
+            found.append(prompt.with_l_sinks(lvlm, low, rules.cells.blocks, states))
         prompts = found
 
     def run(block: int, factors: Tensor, own: Tensor) -> list[Read]:
@@ -246,7 +251,7 @@ def _shared(
             parts.append(_read(seen.tails, reading, hidden, some[1]))
         return _each(parts, len(own))
 
-    (base,) = _answers(prompts, [_read(seen.tails, reading, seen.tails.hidden, every)])
+    (base,) = answered_by(prompts, [_read(seen.tails, reading, seen.tails.hidden, every)])
     for block in rules.cells.blocks:
         alike: dict[tuple[int, ...], list[int]] = {}  # prompts by their L-sinks at this block
         for i, prompt in enumerate(prompts):
@@ -255,10 +260,10 @@ def _shared(
         for group in alike.values():
             some, plain = [prompts[i] for i in group], [base[i] for i in group]
             work = partial(run, own=torch.cat([rows[i] for i in group]))
-            yield from _cells(some, plain, block, rules, work, end)
+            yield from cells_of(some, plain, block, rules, work, end)
 
 
-def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[list[Answered]]:
+def answered_by(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[list[Answered]]:
     """Answers by edit, one reading each, and prompt; all readings leave the device here, at once."""
     if not reads:
         return []
@@ -271,7 +276,7 @@ def _answers(prompts: Sequence[Prompted], reads: Sequence[Read]) -> list[list[An
     return [[one(prompt.asked) for prompt in prompts] for _ in reads]
 
 
-def _cells(
+def cells_of(
     prompts: Sequence[Prompted],
     base: Sequence[Answered],
     block: int,
@@ -283,7 +288,7 @@ def _cells(
     first, pairs = prompts[0], rules.cells.pairs
     edits, edit_of = edits_of(first.sinks, first.visual, pairs, first.low.get(block))
     reads = rules.batch.chunks(len(edits), lambda i, j: run(block, edits[i:j, :end]))
-    edited = _answers(prompts, reads)
+    edited = answered_by(prompts, reads)
     layer, unedited = "embed" if block == 0 else block - 1, "the base, without an edit"
     for i, prompt in enumerate(prompts):
         item, plain = prompt.asked.item, base[i]

@@ -24,11 +24,12 @@ from sinkscope.detectors.detection import check_detector
 from sinkscope.errors import InputError
 from sinkscope.experiments import sweep_grid
 from sinkscope.experiments.statistics import BY
+from sinkscope.experiments.sweep_away import sweep_away
 from sinkscope.experiments.sweep_grid import Cells, Groups, Pair, SweepCost
 from sinkscope.experiments.sweep_images import Batch, Line, Rules, sweep_image
 from sinkscope.experiments.sweep_result import MANIFEST, Folder, Sweep, as_frame, as_table
 from sinkscope.files import check_place, held, version_of
-from sinkscope.models.loading import identity_of
+from sinkscope.models.loading import identity_of, is_away
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds
 from sinkscope.models.prompts import check_questions
@@ -62,7 +63,8 @@ def sweep(
     that reads layer l edits block l + 1). The base, (1, 1), is run once per question. Triples
     ``(s_V, s_L, s_rest)`` take L-sinks out of the rest, as a gate with ``groups=("V", "L", "rest")``: image
     tokens that meet ``l_detector`` on what block l + 1 reads and are no V-sinks. Nothing is approximated;
-    what an edit cannot change is computed once.
+    what an edit cannot change is computed once, but for a model that is not here (``remote=True``): there every
+    question has one request per block and batch of edits, and one for the base.
 
     Args:
         dataset: Records as for `compare`.
@@ -101,9 +103,9 @@ def sweep(
     _check_rules(given, calibration, cells.with_l)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
-    if lvlm.device.type == "meta" and not dry_run:
+    if is_away(lvlm) and not dry_run and (why := lvlm.anatomy.lens.why):
         raise InputError(
-            "Got an LVLM without weights; expected them: a sweep resumes passes, which no remote run can. "
+            f"Got an LVLM without weights whose logits no probe reads ({why}); expected weights here. "
             "Write ss.LVLM.from_pretrained(name) without remote=True, or dry_run=True for its cost."
         )
     items = as_items(dataset)
@@ -145,14 +147,16 @@ def _run(
     missing = list(range(len(groups))) if folder is None else folder.missing()
     total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
     bar = tqdm(total=total, initial=total - left, desc="sweeping", unit="cell", disable=hidden)
+    work = sweep_away if is_away(lvlm) else sweep_image
     parts = [[item for _, item in groups[i]] for i in missing]
     with bar, closing(samples_ahead(lvlm, parts, apart=True)) as prepared:
         if missing:
             first = groups[missing[0]][0][1]
             sample = lvlm.prepare(images=first.image, text=first.question)
-            check_replay(lvlm, sample.inputs, rules.cells.blocks)
+            if not is_away(lvlm):
+                check_replay(lvlm, sample.inputs, rules.cells.blocks)
         for i, samples in zip(missing, prepared, strict=True):
-            found, heard = sweep_image(lvlm, groups[i], samples, rules, bar.update)
+            found, heard = work(lvlm, groups[i], samples, rules, bar.update)
             if folder is None:
                 lines += found
                 notes += heard

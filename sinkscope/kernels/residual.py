@@ -89,7 +89,11 @@ def lens(
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1).masked_fill(gone, float("nan"))
     values, tokens = logprobs.topk(min(k, logprobs.shape[-1]))
     values = values.masked_fill(gone[..., None], float("nan"))
-    out = {"tokens": tokens.masked_fill(gone[..., None], -1), "logprobs": values, "entropy": entropy}
+    out = {
+        "tokens": tokens.masked_fill(gone[..., None], -1),
+        "logprobs": values,
+        "entropy": entropy,
+    }
     if wanted is not None:
         wanted = wanted.expand(*logprobs.shape[:2], -1)
         scores, none = logprobs.gather(2, wanted.clamp(min=0)), gone[..., None] | (wanted < 0)

@@ -234,9 +234,19 @@ def identity_of(lvlm: Any) -> dict[str, Any]:
         "class": type(lvlm.module).__name__,
         "layout": [list(x) if isinstance(x, tuple) else x for x in layout_of(anatomy)],
         "kernels": [anatomy.vision.kernel, anatomy.language.kernel],
-        "weights": weights_digest(lvlm.module),
+        "weights": told_weights(lvlm) if is_away(lvlm) else weights_digest(lvlm.module),
         "preparation": prepared,
     }
+
+
+def is_away(lvlm: Any) -> bool:
+    """Whether the weights of an `LVLM` are on a server only."""
+    return lvlm.device.type == "meta"
+
+
+def told_weights(lvlm: Any) -> str:
+    """The repository whose weights a server holds, and the commit that its config was read at."""
+    return f"{lvlm.name}@{getattr(lvlm.module.config, '_commit_hash', None) or 'unknown commit'}"
 
 
 @torch.no_grad()

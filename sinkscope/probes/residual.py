@@ -311,14 +311,18 @@ class LogitLens(LayerProbe, kernel=kernels.lens, result=LensResult, needs="head"
         if not isinstance(ids, Tensor):
             some = [*ids] if isinstance(ids, Iterable) and not isinstance(ids, str) else [ids]
             for token in some or [None]:
-                check_whole(0, vocab - 1, score=token, error=ProbeError, hint=f"{hint}, ids of tokens.")
+                check_whole(
+                    0, vocab - 1, score=token, error=ProbeError, hint=f"{hint}, ids of tokens."
+                )
             return torch.tensor(some)[None, None]
         shape = tuple(self._positions(context).shape)
         whole = not (ids.is_floating_point() or ids.dtype == torch.bool)
-        inside = whole and ids.numel() and -1 <= int(ids.min()) and int(ids.max()) < vocab
+        inside = whole and ids.numel() and int(ids.min()) >= -1 and int(ids.max()) < vocab
         if context.step or not inside or ids.ndim != 3 or tuple(ids.shape[:2]) != shape:
             got = f"Got score of shape {tuple(ids.shape)} and dtype {ids.dtype}"
             got += " at a decode step" * bool(context.step)
-            wanted = f"ids below {vocab}, whole numbers [{shape[0]}, {shape[1]}, option], of a prompt"
+            wanted = (
+                f"ids below {vocab}, whole numbers [{shape[0]}, {shape[1]}, option], of a prompt"
+            )
             raise ProbeError(f"{got}; expected {wanted}. {hint} for the same ones everywhere.")
         return ids

@@ -2,8 +2,10 @@
 
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -20,8 +22,9 @@ from sinkscope.errors import (
 from sinkscope.experiments import Answered, Item, SweepCost
 from sinkscope.experiments import sweep as sweep_function
 from sinkscope.experiments import sweep_images as images
+from sinkscope.experiments import sweeping as sweep_file
 from sinkscope.experiments.sweep_images import Batch, edits_of
-from sinkscope.models import replay
+from sinkscope.models import loading, replay
 from sinkscope.testing import plant, random_image, tiny_llava, write_checkpoint
 from tests.conftest import FAMILIES
 
@@ -316,6 +319,23 @@ def test_dry_run_counts_and_runs_nothing(tiny, monkeypatch):
     assert "cells" in str(cost)
 
 
+@pytest.mark.parametrize("choices", [False, True])
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_is_away_gives_the_same_cells(family, groups, choices, tiny, monkeypatch):
+    """Whole passes with a row per edit, as a server runs them, in the place of resumed ones."""
+    lvlm, asked = tiny(family), some(choices=choices)
+    grid = GRID if groups == 2 else [(0.3, 0.5, 0.7), (1.0, 0.0, 1.0)]
+    options = {"grid": grid, "v_detector": EVERY, "layers": ["embed", 1], "score": "logprob"}
+    options |= {"l_detector": EVERY, "batch": 2} if groups == 3 else {}
+    here = ss.sweep(lvlm, asked, **options).table
+    for module in (sweep_file, loading):
+        monkeypatch.setattr(module, "is_away", lambda _: True)
+    monkeypatch.setattr(replay, "capture", None)
+    away = ss.sweep(lvlm, asked, **options).table
+    pd.testing.assert_frame_equal(here, away, atol=1e-5, rtol=1e-5)
+
+
 def test_dry_run_needs_no_weights(tmp_path):
     """What a sweep would cost is asked before the weights are fetched."""
     write_checkpoint(*tiny_llava(), tmp_path / "model")
@@ -323,7 +343,9 @@ def test_dry_run_needs_no_weights(tmp_path):
     assert remote.device.type == "meta"
     here = ss.LVLM.from_pretrained(tmp_path / "model")
     assert ss.sweep(remote, some(), dry_run=True) == ss.sweep(here, some(), dry_run=True)
-    with pytest.raises(InputError, match=r"without weights; .*or dry_run=True"):
+    lens = replace(remote.anatomy.lens, why="it is odd")
+    remote._anatomy = replace(remote.anatomy, lens=lens)
+    with pytest.raises(InputError, match=r"logits no probe reads \(it is odd\).*or dry_run=True"):
         ss.sweep(remote, some())
 
 
