@@ -1,121 +1,28 @@
 """What a remote run sends works where sinkscope is not installed, and gives the same numbers bitwise.
 
 `server.py` runs in another process, which refuses to import this package. Between the two lie the
-code paths of a real remote run, on both sides: only the network and the hub's answer are replaced.
+code paths of a real remote run, on both sides, and a socket: only the hub's answer is replaced.
 """
 
 import ast
 import builtins
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import cloudpickle
-import huggingface_hub
-import nnsight
 import pytest
 import torch
-from nnsight.intervention.backends.remote import RemoteBackend
+from nnsight.intervention.backends.remote import RemoteError
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image, write_checkpoint
-from tests.kernels.ndif import ABSENT_BUILTINS, ALLOWED
 from tests.probes.everything import EIGENVALUES, assert_same, every_probe, exported
+from tests.remote.conftest import REPOSITORIES
+from tests.remote.ndif import ABSENT_BUILTINS, ALLOWED
 
-SERVER = Path(__file__).with_name("server.py")
 KERNELS = sorted((Path(ss.__file__).parent / "kernels").glob("*.py"))
-REPOSITORIES = {
-    "llava-clip-llama": "Someone/tiny-llava",
-    "llava-dinov2-olmo2": "someone/tiny-dino",
-    "qwen2.5-vl": "someone/Tiny-Qwen",
-}
-COMMIT = "0" * 40
-
-
-@dataclass
-class Client:
-    """The server's process, and what was sent to it."""
-
-    process: Any
-    folder: Path
-    sent: list
-
-    def send(self, backend, request, tracer):
-        """In place of the network: `RemoteBackend.request`."""
-        path = self.folder / f"request-{len(self.sent)}"
-        blob = backend._serialize(tracer)
-        self.sent.append((request, blob))
-        torch.save({"metadata": request.metadata(), "blob": blob}, path)
-        return torch.load(self.ask(str(path)), weights_only=False)
-
-    def ask(self, line):
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
-        reply = self.process.stdout.readline().strip()
-        if reply.startswith("error"):
-            raise RuntimeError(f"the server says: {reply}")
-        return reply
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A hub cache that holds the tiny models, and a hub that knows their canonical names."""
-    cache = tmp_path_factory.mktemp("hub")
-    for family, name in REPOSITORIES.items():
-        place = cache / f"models--{name.replace('/', '--')}"
-        (place / "refs").mkdir(parents=True)
-        (place / "refs" / "main").write_text(COMMIT)
-        write_checkpoint(*TINY[family](), place / "snapshots" / COMMIT)
-
-    def model_info(api, name, **options):
-        if name not in REPOSITORIES.values():
-            raise huggingface_hub.errors.OfflineModeIsEnabled(f"no network to ask for {name}")
-        return SimpleNamespace(id=name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        patch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-        yield cache
-
-
-@pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    env |= {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    folder = tmp_path_factory.mktemp("requests")
-    process = subprocess.Popen(
-        [sys.executable, str(SERVER)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=env,
-        cwd=folder,
-    )
-    assert process.stdout.readline() == "ready\n"
-    made = Client(process, folder, [])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RemoteBackend, "request", lambda backend, *what: made.send(backend, *what))
-        # nnsight ships code that is not installed by itself. Where sinkscope is installed, nothing
-        # but its own registration makes it travel; the same holds for the kernels of this file.
-        patch.setattr(nnsight.ndif, "pull_env", lambda: None)
-        patch.setattr(cloudpickle.cloudpickle, "_PICKLE_BY_VALUE_MODULES", {__name__})
-        yield made
-    process.stdin.close()
-    process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def remote(client):
-    """``remote(family)``: the model by name, without weights."""
-    return {name: ss.LVLM.from_pretrained(repo, remote=True) for name, repo in REPOSITORIES.items()}
 
 
 def test_nothing_is_missing():
@@ -123,17 +30,16 @@ def test_nothing_is_missing():
 
 
 @pytest.mark.parametrize("name", ["sinkscope", "sinkscope.kernels.walk", "jaxtyping", "beartype"])
-def test_the_server_has_nothing_of_ours(client, name):
-    assert client.ask("import json")
-    with pytest.raises(RuntimeError, match=r"No module named .* on the server"):
-        client.ask(f"import {name}")
+def test_the_server_has_nothing_of_ours(loopback, name):
+    assert not loopback.ask("import", "json")
+    assert "on the server" in loopback.ask("import", name)["error"]
 
 
 @pytest.mark.parametrize("family", REPOSITORIES)
 def test_there_are_no_weights_here(remote, family):
-    assert {p.device.type for p in remote[family].module.parameters()} == {"meta"}
-    assert not remote[family].verified
-    report = remote[family].report()
+    assert {p.device.type for p in remote(family).module.parameters()} == {"meta"}
+    assert not remote(family).verified
+    report = remote(family).report()
     assert report.verification == "no: declared, the weights are elsewhere"
     assert any("runs go to the server" in note for note in report.notes)
     assert report.verdict("AttentionMass").status == "exact"
@@ -141,7 +47,7 @@ def test_there_are_no_weights_here(remote, family):
 
 @pytest.mark.parametrize("family", REPOSITORIES)
 def test_every_probe_gives_the_same_numbers_bitwise(tiny, batch, remote, family):
-    here, there = tiny(family), remote[family]
+    here, there = tiny(family), remote(family)
     probes = every_probe()
     local = here.run(batch(here), probes=probes, logits="last")
     away = there.run(batch(there), probes=probes)
@@ -152,7 +58,7 @@ def test_every_probe_gives_the_same_numbers_bitwise(tiny, batch, remote, family)
 
 @pytest.mark.parametrize("family", REPOSITORIES)
 def test_every_step_of_generate_gives_the_same_numbers_bitwise(tiny, batch, remote, family):
-    here, there = tiny(family), remote[family]
+    here, there = tiny(family), remote(family)
     probes = every_probe()
     local = here.generate(batch(here), probes=probes, max_new_tokens=3)
     away = there.generate(batch(there), probes=probes, max_new_tokens=3)
@@ -178,7 +84,7 @@ EDITS = [
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: type(edit).__name__)
 def test_interventions_travel_too(tiny, batch, remote, edit):
-    here, there = tiny("llava-clip-llama"), remote["llava-clip-llama"]
+    here, there = tiny("llava-clip-llama"), remote("llava-clip-llama")
     probe = ss.AttentionMass({"image": "image"})
     local = here.run(batch(here), [probe], [edit], logits="last")
     away = there.run(batch(there), [probe], [edit])
@@ -191,7 +97,7 @@ def test_interventions_travel_too(tiny, batch, remote, edit):
 @pytest.mark.parametrize("family", REPOSITORIES)
 def test_donors_travel_too(tiny, batch, remote, family, site, tower):
     """A patch whose donor was read on the server, and edits the server's model."""
-    here, there = tiny(family), remote[family]
+    here, there = tiny(family), remote(family)
     probe = (
         ss.probes.AttentionValues([1], tower=tower)
         if site == "values"
@@ -210,31 +116,30 @@ def test_donors_travel_too(tiny, batch, remote, family, site, tower):
 
 
 def test_all_logits_on_request(tiny, remote):
-    here, there = tiny("llava-clip-llama"), remote["llava-clip-llama"]
+    here, there = tiny("llava-clip-llama"), remote("llava-clip-llama")
     sample = here.prepare(images=random_image(), text="what")
     assert torch.equal(here.run(sample).logits, there.run(sample, logits="all").logits)
 
 
-def test_the_kernel_travels_with_the_request(tiny, client, batch):
+def test_the_kernel_travels_with_the_request(tiny, remote, loopback, batch):
     """A server shared with others may have been left on another kernel: ours is asked for each time."""
-    name = REPOSITORIES["llava-clip-llama"]
-    there = ss.LVLM.from_pretrained(name, remote=True, attn_implementation="eager")
+    there = remote("llava-clip-llama", attn_implementation="eager")
     here = tiny("llava-clip-llama", "eager")
     probe = ss.AttentionMass({"image": "image"})
     want, got = here.run(batch(here), [probe]), there.run(batch(there), [probe])
-    assert client.sent[-1][0].env["attn_implementation"] == "eager"
+    assert loopback.seen["requests"][-1]["env"]["attn_implementation"] == "eager"
     assert_same(want[probe], got[probe])
 
 
-def test_requests_are_small_and_name_the_model(remote, client, batch):
+def test_requests_are_small_and_name_the_model(remote, loopback, batch):
     """No weights travel: a request is the code, the plan and the inputs."""
-    there = remote["llava-clip-llama"]
+    there = remote("llava-clip-llama")
     sample = batch(there)
     there.run(sample, probes=every_probe())
-    request, blob = client.sent[-1]
+    request = loopback.seen["requests"][-1]
     inputs = sum(value.numel() * value.element_size() for value in sample.inputs.values())
-    assert len(blob) < inputs + 120_000
-    assert REPOSITORIES["llava-clip-llama"] in request.model_key
+    assert request["blob"] < inputs + 120_000
+    assert REPOSITORIES["llava-clip-llama"] in request["model_key"]
 
 
 def kernel_that_imports(states, state):
@@ -270,10 +175,10 @@ class Norms:
 )
 def test_the_server_refuses_what_ndif_refuses(tiny, remote, kernel, says):
     """The stand-in is as strict as it claims; here both kernels work."""
-    here, there = tiny("llava-clip-llama"), remote["llava-clip-llama"]
+    here, there = tiny("llava-clip-llama"), remote("llava-clip-llama")
     sample = here.prepare(images=random_image(), text="what")
     here.run(sample, [Norms(kernel)])
-    with pytest.raises(RuntimeError, match=f"the server says: error .*{says}"):
+    with pytest.raises(RemoteError, match=says):
         there.run(sample, [Norms(kernel)])
 
 
@@ -288,7 +193,7 @@ def test_a_model_the_hub_does_not_know_is_refused_before_anything_is_sent(tiny, 
 
 
 def test_a_model_without_weights_does_not_run_here(remote):
-    lvlm = remote["llava-clip-llama"]
+    lvlm = remote("llava-clip-llama")
     sample = lvlm.prepare(images=random_image(), text="what")
     for where in (False, "local"):
         with pytest.raises(ss.errors.InputError, match="without weights; expected remote=True"):
