@@ -222,9 +222,11 @@ def identity_of(lvlm: Any) -> dict[str, Any]:
         asked = "What is it, and how many are there: 0, 1 or 23?"
         sample = lvlm.prepare(images=Image.new("RGB", (112, 90), (200, 120, 40)), text=asked)
         tensors = {name: x for name, x in sample.inputs.items() if isinstance(x, Tensor)}
+        settings = None if images is None else images.to_dict()
         parts = {
             "classes": [type(x).__name__ for x in (processor, images, lvlm.tokenizer)],
-            "images": None if images is None else images.to_dict(),
+            # a remote run puts a name of nnsight's beside the settings
+            "images": settings and {k: v for k, v in settings.items() if k[0] != "_"},
             "ids": sample.tokens.ids.tolist(),
             "shapes": {name: [list(x.shape), str(x.dtype)] for name, x in tensors.items()},
         }

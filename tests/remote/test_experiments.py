@@ -1,0 +1,37 @@
+"""Experiments of many requests on a model that is not here: the same numbers, and they go on where they stopped."""
+
+import pandas as pd
+import pytest
+
+import sinkscope as ss
+from sinkscope.experiments.sweep_result import Folder
+from tests.experiments.test_sweep import EVERY, GRID, some
+
+
+@pytest.mark.parametrize("family", ["llava-clip-llama", "qwen2.5-vl"])
+def test_a_sweep_gives_the_same_cells_and_goes_on_where_it_stopped(
+    family, tiny, remote, loopback, tmp_path, monkeypatch
+):
+    """A request per block and the base for each question, and one per prompt that finds its V-sinks."""
+    here, there = tiny(family), remote(family)
+    options = {"grid": GRID, "v_detector": EVERY, "layers": ["embed", 1]}
+    want = ss.sweep(here, some(), **options).table
+    write, ran = Folder.write, [loopback.seen["ran"]]
+
+    def then_fail(folder, *part):
+        write(folder, *part)
+        ran.append(loopback.seen["ran"])
+        loopback.tell({"at": "job", "error": "CUDA out of memory"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", then_fail)
+        with pytest.raises(Exception, match="CUDA out of memory"):
+            ss.sweep(there, some(), **options, out=tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("part-*"))] == ["part-000000.parquet"]
+    failed = loopback.seen["ran"]
+    got = ss.sweep(there, some(), **options, out=tmp_path).table
+    pd.testing.assert_frame_equal(want, got, atol=1e-5, rtol=1e-5)
+    assert ran[1] - ran[0] == 3 * (1 + 1 + 2)
+    assert (
+        loopback.seen["ran"] - failed == 1 + 1 + 2
+    )  # the second image alone, which has one question
