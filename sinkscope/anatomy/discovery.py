@@ -5,7 +5,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from sinkscope.anatomy.attention_call import (
@@ -330,18 +329,3 @@ def read_tower(
 def _is_packed(block: nn.Module) -> bool:
     """Whether all images share one sequence: the block is told where they end."""
     return "cu_seqlens" in inspect.signature(type(block).forward).parameters
-
-
-def device_of(part: nn.Module) -> torch.device:
-    """Where a part computes; offloaded weights lie elsewhere between two passes."""
-    hook = getattr(part, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):
-        device = getattr(one, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(part.parameters()).device
-
-
-def dtype_of(part: nn.Module) -> torch.dtype:
-    """The dtype in which a part computes: that of its first weights that are no integers."""
-    return next(p.dtype for p in part.parameters() if p.is_floating_point())

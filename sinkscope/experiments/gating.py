@@ -12,12 +12,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sinkscope.anatomy.weights import check_graph
 from sinkscope.checks import check_choice, check_whole, typed
 from sinkscope.data.ahead import Batches
 from sinkscope.data.batches import AnswerBatch, TokenScores, read_dataset
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.errors import InputError, LayerError, ModelError, nearest
 from sinkscope.experiments.statistics import BY, by_task, cluster_intervals
+from sinkscope.kernels.writes import quantised
 from sinkscope.lsg import LSG
 from sinkscope.lsg.gate import check_gates
 from sinkscope.lsg.passes import Losses, frozen, gate_inputs, gate_signals
@@ -249,6 +251,7 @@ def lora(
     if importlib.util.find_spec("peft") is None:
         wanted = 'expected it to be installed. Run pip install "sinkscope[lora]"'
         raise ModelError(f"Got no package peft, which LoRA needs; {wanted}.")
+    check_graph(lvlm.module)
     paths = target_paths(lvlm, layer, targets)
     per_rank = sum(sum(linear_of(lvlm, path).weight.shape) for path in paths)
     r, wanted = choose_rank(per_rank, like, rank)
@@ -291,7 +294,7 @@ def linear_of(lvlm: LVLM, path: str) -> nn.Linear:
     module = dict(lvlm.module.named_modules()).get(path)
     if isinstance(module, nn.Linear):
         weight = module.weight
-        if weight.is_floating_point() and weight.device.type != "meta":
+        if not quantised(weight) and weight.device.type != "meta":
             return module
     raise ModelError(
         f"Got {type(module).__name__} at {path}; expected a linear map whose weights are here, in "

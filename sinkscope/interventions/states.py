@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sinkscope.anatomy.context import Context
-from sinkscope.anatomy.discovery import dtype_of
+from sinkscope.anatomy.weights import dtype_of
 from sinkscope.checks import check_choice, is_number, plain
 from sinkscope.errors import InterventionError
 from sinkscope.interventions import base, values

@@ -60,7 +60,7 @@ def note_v_sinks(states, state, slot, rule, live, image_index, sources, layout=N
     found, kept = flags(states, rule, live, layout), memory_of(state, slot)
     picked = found[image_index[..., None], sources]
     carried = (picked & (sources >= 0)).any(-1) & (image_index >= 0)
-    kept["V"] = kept["V"] | carried if "V" in kept else carried
+    kept["V"] = kept["V"].to(carried.device) | carried if "V" in kept else carried
     return states, None
 
 
@@ -127,7 +127,9 @@ def coefficients(
 
 def factors_of(kept, visual, groups):
     """One factor per prompt key, ``[batch pos]``; 1 at text. ``kept`` has ``"V"``, ``"L"`` ``[batch pos]``
-    and ``"coefficients"`` in the order of ``groups``. V wins over L, also without a group of its own."""
+    and ``"coefficients"`` in the order of ``groups``, each where it was found. V wins over L, also without a
+    group of its own."""
+    kept = {name: value.to(visual.device) for name, value in kept.items()}
     of = dict(zip(groups, kept["coefficients"][..., None].unbind(1), strict=True))
     out = torch.where(visual, of["rest"], torch.ones_like(of["rest"]))
     if "L" in of:

@@ -86,6 +86,7 @@ def lens(
         index = positions.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
         states, gone = states.gather(1, index), positions < 0
     logprobs = logits_of(head(norm(states)), scale, cap).float().log_softmax(dim=-1)
+    gone = gone.to(logprobs.device)  # where the head is
     entropy = -(logprobs.exp() * logprobs).sum(dim=-1).masked_fill(gone, float("nan"))
     values, tokens = logprobs.topk(min(k, logprobs.shape[-1]))
     values = values.masked_fill(gone[..., None], float("nan"))

@@ -28,7 +28,9 @@ def locate(root, path):
     for part in path.split(".") if path else ():
         owner, here = here, here[int(part)] if part.isdigit() else getattr(here, part)
     if getattr(here, "is_meta", False) is True:  # offloaded by accelerate between two passes
-        return owner._hf_hook.weights_map[path.rpartition(".")[2]]
+        hooks = getattr(owner._hf_hook, "hooks", [owner._hf_hook])
+        (weights, *_) = [one.weights_map for one in hooks if getattr(one, "offload", False)]
+        return weights[path.rpartition(".")[2]]
     return here
 
 

@@ -22,6 +22,11 @@ from sinkscope.kernels.residual import live_at
 SIZE = 256.0  # the largest number in a question to a projection: beside it a bias rounds little
 
 
+def quantised(weight):
+    """Whether a weight is kept in fewer bits: as whole numbers, or as a tensor that is made of others."""
+    return not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__")
+
+
 def near(x, y, dtype):
     """Whether two vectors are the same up to rounding in ``dtype``."""
     return bool((x - y).abs().max() <= 16 * torch.finfo(dtype).eps * x.abs().max())
@@ -92,7 +97,7 @@ def check_same(got, want, size, live, dtype, what, state=None):
     off = (got - want).norm(dim=-1) / torch.maximum(size, whole).clamp(min=1e-30)
     known = whole.isfinite() if live is None else whole.isfinite() & live_at(live, got)
     if off.numel():
-        # Four roundings: of bf16 in half precision (8-bit layers make about one), of fp16 or TF32 in fp32.
+        # Four roundings: of bf16 in half precision (8-bit maps make about one), of fp16 or TF32 in fp32.
         rough = torch.float16 if dtype == torch.float32 else torch.bfloat16
         told = off.masked_fill(~known, 0.0).amax(), 4 * torch.finfo(rough).eps, what
         late = {"same": []} if state is None else state
@@ -138,7 +143,10 @@ def way(calls, state, projection, parts, live, asked=None):
         made["matrix"] = onward(columns, *passed).reshape(heads, width, -1)
     size = total.norm(dim=-1) + bias.norm()
     what = f"{name_of(projection, state)} is not a linear map of attention's output"
-    check_same(total + bias, wrote, size, live, x.dtype, what, state)
+    weight = getattr(projection, "weight", None)
+    # Quantised maps round what they read, or compute in bf16.
+    rounded = torch.is_tensor(weight) and quantised(weight)
+    check_same(total + bias, wrote, size, live, torch.bfloat16 if rounded else x.dtype, what, state)
     total, made["scale"] = wrote.float(), torch.ones_like(size)
     for part, one in zip(parts, passed, strict=True):
         mapped = onward(total, one)

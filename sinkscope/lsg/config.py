@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from accelerate.utils import align_module_device
 from torch import nn
 
+from sinkscope.anatomy.weights import fetched
 from sinkscope.checks import check_choice, is_number, is_whole, plain
 from sinkscope.detectors.choice import VisionTokens, detector_of
 from sinkscope.detectors.rules import Norm, SinkDimensions
 from sinkscope.errors import DetectorError, InterventionError, LayerError
 from sinkscope.kernels.gating import ACTIVATIONS
+from sinkscope.kernels.writes import quantised
 
 WHOLE = "a whole number of 1 or more"
 GROUPS = (("V", "rest"), ("L", "rest"), ("V", "L", "rest"))
@@ -176,9 +177,9 @@ class GateConfig:
 def sketch(module: nn.Module, head: str) -> tuple[float, ...]:
     """32 numbers of the LM head, to tell checkpoints apart in any dtype; none where it has no weights."""
     part = module.get_submodule(head)
-    with align_module_device(part):  # which fetches offloaded weights
+    with fetched(part):
         weight = getattr(part, "weight", None)
-        if weight is None or weight.device.type == "meta" or not weight.is_floating_point():
+        if weight is None or weight.device.type == "meta" or quantised(weight):
             return ()
         rows = [i * 7 % min(64, weight.shape[0]) for i in range(8)]
         columns = [i * weight.shape[1] // 4 for i in range(4)]

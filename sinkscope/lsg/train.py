@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from sinkscope.anatomy.weights import check_graph
 from sinkscope.checks import check_whole, typed
 from sinkscope.data.batches import make_batch, read_parts
 from sinkscope.detectors.choice import detector_of
@@ -112,6 +113,7 @@ def check_place(lvlm: LVLM, accelerator: Any) -> None:
     if lvlm.device.type == "meta":
         what = "Got a model without weights here; expected one to compute gradients with."
         raise ModelError(f"{what} Write ss.LVLM.from_pretrained(name) without remote=True.")
+    check_graph(lvlm.module)
     if accelerator is None or accelerator.num_processes == 1:
         return
     here, there = lvlm.device, accelerator.device  # "cuda" is "cuda:0"

@@ -172,7 +172,7 @@ def _structure(module: nn.Module) -> Iterator[str]:
             )  # made by a pass
         ]
         weights = [
-            (name, tuple(x.shape), str(x.dtype), x.device.type)
+            (name, type(x).__name__, tuple(x.shape), str(x.dtype), x.device.type)
             for few in (part._parameters, part._buffers)
             for name, x in few.items()
             if x is not None

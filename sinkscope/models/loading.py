@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import align_module_device
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from transformers import AutoConfig, AutoProcessor, ProcessorMixin, Qwen2_5_VLPr
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from sinkscope.anatomy.towers import Anatomy
+from sinkscope.anatomy.weights import fetched
 from sinkscope.checks import among, check_flags
 from sinkscope.errors import CheckpointError
 from sinkscope.models.inputs import layout_of
@@ -260,13 +260,23 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        four_bit = getattr(tensor, "quant_state", None)  # these are packed anew at the first pass
+        shape = tuple(tensor.shape if four_bit is None else four_bit.shape)
+        digest.update(f"{name} {shape} {tensor.dtype}".encode())
         owner, _, leaf = name.rpartition(".")
         part = module.get_submodule(owner)
-        with align_module_device(part):  # which fetches offloaded weights
-            flat = getattr(part, leaf).detach().reshape(-1)
-        if count := flat.numel():  # up to 32 values, evenly spaced
-            at = torch.linspace(0, count - 1, min(32, count), dtype=torch.float64)
-            values = flat[at.round().long().to(flat.device)].cpu().double()  # MPS has no fp64
-            digest.update(values.numpy().tobytes())
+        with fetched(part):
+            whole = [] if four_bit is not None else _made_of(getattr(part, leaf).detach())
+        for flat in (one.reshape(-1) for one in whole):
+            if count := flat.numel():  # up to 32 values, evenly spaced
+                at = torch.linspace(0, count - 1, min(32, count), dtype=torch.float64)
+                values = flat[at.round().long().to(flat.device)].cpu().double()  # MPS has no fp64
+                digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _made_of(value: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or those of a quantised one."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [one for name in value.__tensor_flatten__()[0] for one in _made_of(getattr(value, name))]

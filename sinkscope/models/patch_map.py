@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinkscope.anatomy.discovery import device_of
 from sinkscope.anatomy.towers import Anatomy
+from sinkscope.anatomy.weights import device_of
 from sinkscope.errors import NonFiniteError
 from sinkscope.kernels.walk import first_tensor
 from sinkscope.models.gradients import (

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sinkscope.anatomy.attention_call import AttentionCall
 from sinkscope.anatomy.block_sum import no_branch
-from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.anatomy.towers import SIZES, BlockProof, HeadProof, TowerAnatomy
+from sinkscope.anatomy.weights import dtype_of
 from sinkscope.errors import ModelError
 from sinkscope.kernels.residual import logits_of
 from sinkscope.models.inputs import Sample

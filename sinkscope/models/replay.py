@@ -197,7 +197,7 @@ def check_replay(lvlm: LVLM, inputs: Inputs, blocks: Any = None) -> None:
     compared = {"": (last(seen.hidden), own)}
     compared[f" from block {block} on"] = (last(resume(seen, block, factors)), last(edited))
     for where, (ours, theirs) in compared.items():
-        error = float((ours - theirs).abs().max())
+        error = float((ours.to(theirs.device) - theirs).abs().max())  # a head may lie elsewhere
         limit = 1e-4 if seen.hidden.dtype == torch.float32 else 0.05
         limit *= max(1.0, float(theirs.abs().max()))
         if not error <= limit:

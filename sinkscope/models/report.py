@@ -13,8 +13,8 @@ import torch
 from sinkscope import interventions, probes
 from sinkscope.anatomy.attention_call import NoAttentionCall
 from sinkscope.anatomy.block_sum import NoBranch
-from sinkscope.anatomy.discovery import dtype_of
 from sinkscope.anatomy.towers import TowerAnatomy
+from sinkscope.anatomy.weights import dtype_of, rounds
 from sinkscope.errors import ModelError, nearest
 from sinkscope.interventions.base import needs_a_mask
 from sinkscope.models.proofs import blocks_of, differences, told
@@ -104,11 +104,12 @@ def make_report(lvlm: Any) -> Report:
     """Make the report of an `LVLM`; nothing runs."""
     a, towers, here = lvlm.anatomy, [], lvlm.device.type != "meta"
     for tower in (a.vision, a.language):
-        dtype = dtype_of(lvlm.module.get_submodule(tower.blocks[0])) if tower.blocks else None
+        first = lvlm.module.get_submodule(tower.blocks[0]) if tower.blocks else None
+        dtype = dtype_of(first) if first else None
         half = str(dtype).removeprefix("torch.") if dtype in HALF else ""
-        flash, flex = (tower.kernel * (kind in tower.kernel) for kind in ("flash", "flex"))
-        mass = HALF.get(dtype, "") if dtype else ""
-        towers.append(Asked(tower, half, mass, flash, flex, a.feed_layers, a.lens.why))
+        how = half, HALF.get(dtype, "") if dtype else "", bool(first and rounds(first))
+        kernels = (tower.kernel * (kind in tower.kernel) for kind in ("flash", "flex"))
+        towers.append(Asked(tower, *how, *kernels, a.feed_layers, a.lens.why))
 
     def verdicts(room: ModuleType, **more: str) -> tuple[Verdict, ...]:
         names = [name for name in room.__all__ if name != "LayerProbe"]  # which is a base
@@ -185,11 +186,12 @@ def missing(things: Iterable[Any]) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """A tower, and as text, "" if none: its half precision, the tolerance of that, its flash or flex kernel."""
+    """A tower, whether it is quantised, and as text, "" if none: its half precision, its flash or flex kernel."""
 
     tower: TowerAnatomy
     half: str
     mass: str
+    rough: bool
     flash: str
     flex: str
     feeds: tuple[int, ...]
@@ -207,8 +209,8 @@ def judge(need: str, asked: Asked) -> tuple[Status, str]:
     found = [said for condition in RULES[need] if (said := condition(asked))]
     if refused := [said for said in found if said[0] == "unavailable"]:
         return refused[0]
-    approximate = any(status == "approximate" for status, _ in found)
-    return "approximate" if approximate else "exact", "; ".join(why for _, why in found)
+    rough = any(status == "approximate" for status, _ in found)
+    return "approximate" if rough else "exact", "; ".join(why for _, why in found)
 
 
 def when(status: Status, why: str, holds: Callable[[Asked], object] = bool) -> Condition:
@@ -216,9 +218,9 @@ def when(status: Status, why: str, holds: Callable[[Asked], object] = bool) -> C
     return lambda asked: (status, why.format(**vars(asked))) if holds(asked) else None
 
 
-def never_in(tower: str, why: str) -> Condition:
-    """Refuse one tower."""
-    return when("unavailable", why, lambda asked: asked.tower.tower == tower)
+def never_in(tower: str, why: str, status: Status = "unavailable") -> Condition:
+    """Refuse one tower, or give another verdict there."""
+    return when(status, why, lambda asked: asked.tower.tower == tower)
 
 
 def _sites(asked: Asked) -> Said:
@@ -292,6 +294,7 @@ def _room(asked: Asked) -> Said:
 
 
 HALVED, FLASH, FLEX = map(attrgetter, ("half", "flash", "flex"))
+ROUGH = when("approximate", "quantised maps may round what they read", attrgetter("rough"))
 LEARNED = attrgetter("tower.learned_sink")
 LESS = "a learned sink takes a share: {} sum to less than 1"
 AGAIN = (
@@ -307,10 +310,8 @@ NORMS = when(
     "norms are without what the norm after attention divides a query by",
     lambda asked: any(pair[0].norm for pair in asked.tower.branches if isinstance(pair, tuple)),
 )
-ON_DECODER = "select and 'after image' on the decoder only"
-IN_VISION = when("exact", ON_DECODER, lambda asked: asked.tower.tower == "vision")
-NO_MEAN = "in a packed tower without 'mean' and 'resample'"
-PACKED = when("exact", NO_MEAN, lambda asked: asked.tower.packed)
+IN_VISION = never_in("vision", "select and 'after image' on the decoder only", "exact")
+PACKED = when("exact", "packed: without 'mean' and 'resample'", attrgetter("tower.packed"))
 
 RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
     {
@@ -322,8 +323,8 @@ RULES: Mapping[str, tuple[Condition, ...]] = MappingProxyType(
         ),
         "attention": (_call,),
         "masses": (*AGAIN, FP32),
-        "contributions": (*AGAIN, _writes),
-        "head_writes": (*AGAIN, _writes, NORMS),
+        "contributions": (*AGAIN, ROUGH, _writes),
+        "head_writes": (*AGAIN, ROUGH, _writes, NORMS),
         "gradients": (
             _call,
             when("unavailable", "{flash} has no fp32 gradient: load with 'sdpa' or 'eager'", FLASH),

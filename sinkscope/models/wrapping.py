@@ -13,7 +13,7 @@ import nnsight
 import torch
 from torch import Tensor, nn
 
-from sinkscope.anatomy.discovery import device_of
+from sinkscope.anatomy.weights import check_graph, device_of
 from sinkscope.errors import CheckpointError, InputError, ModelError
 
 Inputs = Mapping[str, Any]
@@ -272,6 +272,8 @@ class Places:
             wrong = "them in memory, as they are on a server. Write remote=False, or load it so"
         if wrong:
             raise InputError(f"Got {got}; expected {wrong}.")
+        if grad:
+            check_graph(self._module)
         return where
 
     def model(self, where: bool | str, name: str) -> Wrapped | ByName:

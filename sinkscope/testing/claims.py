@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sinkscope import detectors, interventions, probes
+from sinkscope.anatomy.weights import rounds
 from sinkscope.errors import SinkscopeError
 from sinkscope.experiments import trace_sinks
 from sinkscope.models import LVLM, Sample
@@ -35,7 +36,8 @@ class Case:
         self.lvlm, self.sample, self.tokens, self.seed = lvlm, sample, sample.tokens, seed
         self.model: Any = lvlm.module
         self.inputs = references.placed(sample.inputs, lvlm.device)
-        self.half = self.model.dtype in (torch.float16, torch.bfloat16)
+        half = self.model.dtype in (torch.float16, torch.bfloat16)
+        self.half = half or rounds(self.model)  # quantised maps round, or compute in half precision
         vision, self.live = getattr(self.tokens, "vision", None), {"language": self.tokens.live}
         if vision is not None and len(vision.live):
             self.live["vision"] = vision.live

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sinkscope.data.batches import batches_of
-from sinkscope.errors import CheckpointError, NonFiniteError
+from sinkscope.errors import CheckpointError, ModelError, NonFiniteError
 from sinkscope.files import folder_whole, read_json, seal, unseal, writable
 from sinkscope.results.saving import digest_beside
 from sinkscope.training import TrainingSettings
@@ -56,8 +56,9 @@ class Sums(dict[str, float]):
     @classmethod
     def of(cls, losses: Sequence[Losses]) -> list[Sums]:
         """The sums of one batch for every trainee, which leave the device here, at once."""
-        every = [[one.total.detach(), one.correct.sum(), *one.notes.values()] for one in losses]
-        told = iter(torch.stack([x for own in every for x in own]).tolist() if every else ())
+        every = [(one.total.detach(), one.correct.sum(), *one.notes.values()) for one in losses]
+        numbers = [x.to(every[0][0].device) for own in every for x in own]  # from wherever they are
+        told = iter(torch.stack(numbers).tolist() if every else ())
         out = []
         for one in losses:
             rows, loss, correct = len(one.correct), next(told), int(next(told))
@@ -241,6 +242,9 @@ class Loop:
         summed, lengths = self._summed(self.plan(self.step), then, lr, train=True), []
         for trainee, total in summed:
             parameters = list(trainee.parameters.values())
+            if self.processes == 1 and all(p.grad is None for p in parameters):
+                got = f"No gradient of the loss reaches {trainee.name}: a kernel passes none"
+                raise ModelError(f"{got}; expected one. Write lvlm.report() to see the kernels.")
             for parameter in parameters:  # the mean gradient of all answer tokens of all processes
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 whole: Any = own if a is None else a.reduce(own, "sum")
