@@ -10,7 +10,6 @@ an answer or a number differs. Writes benchmarks/results/lmms_eval.md; with --sa
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -199,7 +198,7 @@ def main() -> None:
             for file in [*outs[one].rglob("*.jsonl"), *outs[one].glob("*.json")]:
                 target = given.save / one / file.name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, target)
+                target.write_text(file.read_text().replace(f"{folder}/", ""))
         tables = [f"{name}\n{table(text)}" for name, text in said.items()]
         report(given.out, recipe, folder, tables, touched, agree, logs)
 

@@ -165,7 +165,8 @@ def needs_trace(condition: Any) -> bool:
 
 def settle(lvlm: LVLM, name: str, condition: Any, trace: Any, rows: int) -> Settled:
     """What a condition is on a batch of some rows, with their trace if it `needs_trace`."""
-    edits, sinks, uncontrolled = condition, [float("nan")] * rows, [False] * rows
+    edits: Any = condition
+    sinks, uncontrolled = [float("nan")] * rows, [False] * rows
     if isinstance(condition, Applied):
         return Settled([], condition.apply(lvlm), True, sinks, uncontrolled)
     if callable(condition):

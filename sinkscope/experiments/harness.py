@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from sinkscope.checks import check_number, is_number, typed
-from sinkscope.data.items import ALL
+from sinkscope.checks import check_number, typed
 from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.comparing import Comparison
 from sinkscope.files import read_json
@@ -19,7 +18,8 @@ MARK = "_samples_"  # in the name of a log, between its date and its task
 # What a line of a log holds beside its metrics.
 FIELDS = {"doc_id", "doc", "target", "arguments", "input", "resps", "filtered_resps"}
 FIELDS |= {"doc_hash", "prompt_hash", "target_hash", "token_counts", "input_media"}
-Log = Mapping[int, Mapping[str, Any]]  # one line per document, by its number
+COLUMNS = "item image_id task question answer condition seed given correct touched sinks"
+Logs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # task -> number of the document -> its line
 
 
 @typed
@@ -43,80 +43,86 @@ def read_lmms_eval(
         scale: What the metric is divided by, such as 100 for percent.
     """
     check_number(above=0, hint="Write 100 for percent.", scale=scale)
-    if not logs:
-        raise InputError("Got no logs; expected {'base': folder, 'gated': folder}.")
-    wanted = [task] if isinstance(task, str) else task and list(task)
-    lines, first, base = [], {}, next(iter(logs))
+    wanted, lines = [task] if isinstance(task, str) else task, []
+    first: Logs | None = None
     for name, given in logs.items():
         paths = list(given) if isinstance(given, (list, tuple)) else [given]
-        if not paths or (name == base and len(paths) > 1):
-            raise InputError(
-                f"Got {len(paths)} logs of {name!r}; expected one of the base, else one or more."
-            )
-        for seed, path in enumerate(paths):
-            found = _read(Path(path).expanduser(), wanted)
+        if not paths or (first is None and len(paths) > 1):
+            many = "one of the base, which stands first, and one or more of the others"
+            raise InputError(f"Got {len(paths)} logs of {name!r}; expected {many}.")
+        for seed, path in enumerate(Path(one).expanduser() for one in paths):
+            found, base = _read(path, wanted), first is None
             _check_same(first := first or found, found, f"{name!r} ({path})")
-            notes, numbers = _notes(Path(path).expanduser()), count()
-            for where in sorted(found):
-                asked = metric.get(where) if isinstance(metric, Mapping) else metric
-                for doc, line in sorted(found[where].items()):
-                    note = _note(notes, where, doc, name == base, path)
-                    told = {"task": where, "question": line["input"], "answer": line["target"]}
-                    told |= {"condition": name, "seed": seed, "given": str(line["filtered_resps"])}
-                    value = _score(
-                        line, asked, scale, f"document {doc} of {where} in {str(path)!r}"
-                    )
-                    lines.append({"item": next(numbers), **told, **note, "correct": value})
-    table = pd.DataFrame(lines)
-    # An image is known by its pixels if any run has noted them.
+            for line in _told(found, path, metric, scale):
+                unnoted = {"touched": not base, "sinks": None, "uncontrolled": False}
+                lines.append({**unnoted, **line, "condition": name, "seed": seed})
+    if not lines:
+        raise InputError("Got no logs; expected {'base': folder, 'gated': folder}.")
+    table = pd.DataFrame(lines).astype({"sinks": float})
     images = table.dropna(subset="image_id").groupby("item")["image_id"]
     if (images.nunique() > 1).any():
-        raise InputError(
-            "Got records with other images of the same documents; expected the same data."
-        )
-    own = table["task"] + "/" + table["item"].astype(str)
-    return Comparison(table.assign(image_id=table["item"].map(images.first()).fillna(own)), base)
+        raise InputError("Got records with other images of the same documents; expected the same.")
+    own = table["task"] + "/" + table["item"].astype(str)  # where no run has noted the image
+    image = table["item"].map(images.first()).fillna(own)
+    table = table.assign(image_id=image)[[*COLUMNS.split(), "uncontrolled"]]
+    return Comparison(table, next(iter(logs)))
 
 
-def _read(path: Path, wanted: Sequence[str] | None) -> dict[str, Log]:
-    """The log of every task in a folder, or one file."""
+def _told(found: Logs, path: Path, metric: Any, scale: float) -> Iterator[dict[str, Any]]:
+    """What the logs of a run, and its record if there is one, tell of every document."""
+    file, numbers = (path.parent if path.is_file() else path) / RECORD, count()
+    whole = read_json(file, "Run lmms-eval again.")["documents"] if file.exists() else None
+    notes = {(one["task"], one["doc_id"]): one for one in whole or ()}
+    for task, log in sorted(found.items()):
+        for doc, line in sorted(log.items()):
+            where, note = f"document {doc} of {task} in {str(path)!r}", notes.get((task, doc), {})
+            if whole is not None and not note:
+                raise InputError(
+                    f"Got no note of {where} in {RECORD}; expected one of every document. Run without "
+                    "--use_cache, in a folder of its own."
+                )
+            asked = metric.get(task) if isinstance(metric, Mapping) else metric
+            told = {"item": next(numbers), "image_id": note.get("image"), "task": task}
+            told |= {"question": line["input"], "answer": line["target"]}
+            told["given"] = str(line["filtered_resps"])
+            told["correct"] = _score(line, asked, scale, where)
+            yield told | {k: note[k] for k in ("touched", "sinks", "uncontrolled") if note}
+
+
+def _read(path: Path, wanted: Sequence[str] | None) -> Logs:
+    """The logs of a folder, or one file; one per task."""
     files = [path] if path.is_file() else sorted(path.rglob(f"*{MARK}*.jsonl"))
-    named = [(file.stem.partition(MARK)[2] or ALL, file) for file in files]
-    names = [name for name, _ in named]
+    named = [(file.stem.partition(MARK)[2], file) for file in files]
+    names = [name for name, _ in named if wanted is None or name in wanted]
     if missing := [name for name in wanted or () if name not in names]:
-        raise InputError(f"Got no log of {missing} in {str(path)!r}. {nearest(missing[0], names)}")
-    kept = [(name, file) for name, file in named if wanted is None or name in wanted]
-    if not kept:
-        wrong = "the --output_path of a run with --log_samples"
-        raise InputError(f"Got {str(path)!r} without a file *{MARK}*.jsonl; expected {wrong}.")
-    if twice := [name for name, _ in kept if names.count(name) > 1]:
+        known = nearest(missing[0], [name for name, _ in named])
+        raise InputError(f"Got no log of {missing} in {str(path)!r}. {known}")
+    if not names or len(names) > len(set(names)):
         raise InputError(
-            f"Got several logs of {twice[0]!r} in {str(path)!r}; expected those of one run. Give the file."
+            f"Got {len(names)} logs of the tasks {sorted(set(names))} in {str(path)!r}; expected one per task, "
+            "in the --output_path of one run with --log_samples. Give that folder, or the file."
         )
-    return {name: _lines(file) for name, file in kept}
+    return {name: _lines(file) for name, file in named if name in names}
 
 
-def _lines(file: Path) -> Log:
+def _lines(file: Path) -> dict[int, Any]:
     out: dict[int, Any] = {}
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
-            doc = line["doc_id"]
-            out[doc] = {**line, **{key: line[key] for key in ("input", "target", "filtered_resps")}}
+            out[line["doc_id"]] = line
+            missing = {"input", "target", "filtered_resps"} - line.keys()
         except (ValueError, KeyError, TypeError) as error:
+            missing = {f"{type(error).__name__}: {error}"}
+        if missing or len(out) < number:
             raise InputError(
-                f"Got line {number} of {str(file)!r}, which is none of a log of lmms-eval "
-                f"({type(error).__name__}: {error}); expected what --log_samples writes."
-            ) from error
-        if len(out) < number:
-            raise InputError(
-                f"Got document {doc} twice in {str(file)!r}; expected one line each: a task with one filter, "
-                "and one run per file."
+                f"Got {str(file)!r} with a line {number} that is none of a log, or the second of its document "
+                f"({sorted(missing)}); expected what --log_samples writes for a task with one filter."
             )
     return out
 
 
-def _check_same(first: Mapping[str, Log], found: Mapping[str, Log], where: str) -> None:
+def _check_same(first: Logs, found: Logs, where: str) -> None:
     """Refuse other tasks and other documents than those of the first log."""
     if set(first) != set(found):
         raise InputError(
@@ -125,67 +131,32 @@ def _check_same(first: Mapping[str, Log], found: Mapping[str, Log], where: str) 
         )
     for task, log in first.items():
         other = found[task]
-        if set(log) != set(other):
+        if strange := sorted(set(log) ^ set(other)):
             raise InputError(
                 f"Got {len(other)} documents of {task} in the log of {where}, and {len(log)} in the first one, "
-                f"of which {len(set(log) & set(other))} have the same doc_id; expected the same documents."
+                f"of which {len(strange)} are in one alone, such as {strange[0]}; expected the same."
             )
-        for key in ("input", "target", "doc_hash"):
-            wrong = [doc for doc, line in log.items() if line.get(key) != other[doc].get(key)]
-            if wrong:
+        for doc, line in log.items():
+            if wrong := [x for x in ("input", "target") if line[x] != other[doc][x]]:
                 raise InputError(
-                    f"Got another {key} of {task}, document {wrong[0]}, in the log of {where} "
-                    f"({len(wrong)} documents in all); expected the documents of the first log."
+                    f"Got another {wrong[0]} of document {doc} of {task} in the log of {where}: "
+                    f"{other[doc][wrong[0]]!r}; expected {line[wrong[0]]!r}, as in the first one."
                 )
 
 
-def _notes(path: Path) -> dict[tuple[str, int], Any] | None:
-    """What the plug-in noted of every document, or None."""
-    file = (path.parent if path.is_file() else path) / RECORD
-    if not file.exists():
-        return None
-    whole = read_json(file, "Run lmms-eval again.")
-    return {(one["task"], one["doc_id"]): one for one in whole["documents"]}
-
-
-def _note(notes: Any, task: str, doc: int, base: bool, path: Any) -> dict[str, Any]:
-    if notes is None:
-        return {"touched": not base, "sinks": float("nan"), "uncontrolled": False, "image_id": None}
-    if (task, doc) not in notes:
-        raise InputError(
-            f"Got no note of document {doc} of {task} in {RECORD} of {str(path)!r}; expected one of every "
-            "document of the log. Run without --use_cache, in a folder of its own."
-        )
-    note = notes[task, doc]
-    sinks = float("nan") if note["sinks"] is None else note["sinks"]
-    kept = {"touched": note["touched"], "uncontrolled": note["uncontrolled"]}
-    return {**kept, "sinks": sinks, "image_id": note["image"]}
-
-
 def _score(line: Mapping[str, Any], metric: str | None, scale: float, where: str) -> float:
-    """A metric of one document, as a number between 0 and 1."""
-    found = dict(_numbers(line))
+    """A metric of one document, a number or a dict with a number as its ``"score"``, as 0 to 1."""
+    values = {k: v.get("score") if isinstance(v, dict) else v for k, v in line.items()}
+    found = {k: v for k, v in values.items() if k not in FIELDS and isinstance(v, (int, float))}
     if metric is None and len(found) != 1:
         raise InputError(
             f"Got the metrics {sorted(found)} of {where}; expected metric= one of them."
         )
     name = next(iter(found)) if metric is None else metric
     if name not in found:
+        raise InputError(f"Got no number for {name!r} of {where}. {nearest(name, found)}")
+    if not 0 <= found[name] <= scale:
         raise InputError(
-            f"Got no number for the metric {name!r} of {where}. {nearest(name, found)}"
+            f"Got {name}={found[name]} of {where}; expected 0 to {scale:g}. Write scale=100 for percent."
         )
-    value = float(found[name]) / scale
-    if not is_number(value, 0) or value > 1:
-        raise InputError(
-            f"Got {name}={found[name]} of {where}; expected a score from 0 to scale={scale:g}. Write scale=100 "
-            "for percent."
-        )
-    return value
-
-
-def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The metrics of a document that are numbers, or dicts with a number as ``"score"``."""
-    for name, value in line.items():
-        value = value.get("score") if isinstance(value, dict) else value
-        if name not in FIELDS and isinstance(value, (bool, int, float)):
-            yield name, value
+    return float(found[name]) / scale

@@ -12,8 +12,8 @@ try:
     from loguru import logger  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise InputError(
-        f"Got no lmms-eval ({error}); expected it beside sinkscope. Make an environment for both as the page "
-        "'Score with lmms-eval' of the documentation says. Without it, ss.compare scores the same edits."
+        f"Got no lmms-eval ({error}); expected it beside sinkscope, as the page 'Score with lmms-eval' says. "
+        "Without it, ss.compare scores the same edits."
     ) from error
 
 
@@ -25,48 +25,36 @@ class Sinkscope(lmms):
     def __init__(self, **given: Any) -> None:
         super().__init__()
         if (many := os.environ.get("WORLD_SIZE", "1")) != "1":
-            raise InputError(
-                f"Got WORLD_SIZE={many}; expected one process. Write device_map=auto in --model_args for "
-                "several GPUs, or start one run per task."
-            )
+            raise InputError(f"Got WORLD_SIZE={many}; expected one process. Write device_map=auto.")
         given.pop("max_batch_size", None)  # of batch_size=auto, which is refused
-        self._answering = EditedModel.of(**given)
+        self.model = EditedModel.of(**given)
 
     def _prompt(self, text: str, visual: Any, doc_id: int, task: str, split: str) -> Prompt:
         return Prompt(task, doc_id, text, lambda: visual(self.task_dict[task][split][doc_id]))
 
     def generate_until(self, requests: Any) -> list[str]:
-        """Answer freely; a request has context, settings, what gives its images, and its document."""
-        asked = [(*one.args[:1], *one.args[2:6]) for one in requests]
-        return self._answering.generate(
-            [self._prompt(*one) for one in asked], [one.args[1] for one in requests]
-        )
+        """Answer freely; a request has a context, settings, what gives its images, and its document."""
+        prompts = [self._prompt(text, *place) for text, _, *place in (r.args for r in requests)]
+        return self.model.generate(prompts, [r.args[1] for r in requests])
 
     def loglikelihood(self, requests: Any) -> list[Any]:
         """Loss and greediness of continuations; a request has one in the place of the settings."""
-        prompts, options = [], []
-        for text, ending, *place in (one.args for one in requests):
+        prompts, ends = [], []
+        for text, end, *place in (request.args for request in requests):
             if len(place) != 4:
-                raise InputError(
-                    f"Got a request with {len(place) + 2} arguments, as acc_mutual_info makes for options "
-                    "without a prompt; expected a prompt. Leave that metric out."
-                )
-            visual, doc_id, task, split = place
-            whole = ending(self.task_dict[task][split][doc_id]) if callable(ending) else ending
-            prompts.append(self._prompt(text, visual, doc_id, task, split))
-            options.append(str(whole))
+                raise InputError("Got options without a prompt (acc_mutual_info); leave that out.")
+            prompts.append(self._prompt(text, *place))
+            _, doc_id, task, split = place
+            ends.append(end(self.task_dict[task][split][doc_id]) if callable(end) else end)
         # lmms-eval 0.7.3 turns a bare tuple into text, which its own scoring cannot read.
-        return [GenerationResult(text=one) for one in self._answering.score(prompts, options)]
+        return [GenerationResult(text=one) for one in self.model.score(prompts, ends)]
 
     def generate_until_multi_round(self, requests: Any) -> list[str]:
         """Refuse tasks of several rounds."""
-        raise InputError(
-            f"Got {len(requests)} documents of a task of several rounds (generate_until_multi_round); "
-            "expected tasks of one. Choose another task."
-        )
+        raise InputError("Got a task of several rounds (generate_until_multi_round); expected one.")
 
     def clean(self) -> None:
         """Say and write what the edit did; lmms-eval calls this after the last request."""
-        said, idle = self._answering.finish()
+        said, idle = self.model.finish()
         (logger.warning if idle else logger.info)(said)
         super().clean()
