@@ -11,13 +11,14 @@ import pandas as pd
 from sinkscope.checks import check_number, typed
 from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.comparing import Comparison
-from sinkscope.files import read_json
+from sinkscope.files import read_json, unseal
 
 RECORD = "sinkscope_edits.json"  # what the plug-in writes beside the log
 MARK = "_samples_"  # in the name of a log, between its date and its task
 # What a line of a log holds beside its metrics.
 FIELDS = {"doc_id", "doc", "target", "arguments", "input", "resps", "filtered_resps"}
 FIELDS |= {"doc_hash", "prompt_hash", "target_hash", "token_counts", "input_media"}
+ADVICE = "Run lmms-eval again."
 COLUMNS = "item image_id task question answer condition seed given correct touched sinks"
 Logs = Mapping[str, Mapping[int, Mapping[str, Any]]]  # task -> number of the document -> its line
 
@@ -58,31 +59,38 @@ def read_lmms_eval(
                 lines.append({**unnoted, **line, "condition": name, "seed": seed})
     if not lines:
         raise InputError("Got no logs; expected {'base': folder, 'gated': folder}.")
+    images = {line["item"]: line["image_id"] for line in reversed(lines) if line["image_id"]}
+    for line in lines:
+        own = f"{line['task']}/{line['item']}"  # where no run has noted the image
+        known = images.setdefault(line["item"], own)
+        if line["image_id"] not in (None, known):
+            where = f"document {line['item']} of all, of {line['task']}"
+            raise InputError(f"Got records with two images of {where}; expected the same data.")
+        line["image_id"] = known
     table = pd.DataFrame(lines).astype({"sinks": float})
-    images = table.dropna(subset="image_id").groupby("item")["image_id"]
-    if (images.nunique() > 1).any():
-        raise InputError("Got records with other images of the same documents; expected the same.")
-    own = table["task"] + "/" + table["item"].astype(str)  # where no run has noted the image
-    image = table["item"].map(images.first()).fillna(own)
-    table = table.assign(image_id=image)[[*COLUMNS.split(), "uncontrolled"]]
-    return Comparison(table, next(iter(logs)))
+    return Comparison(table[[*COLUMNS.split(), "uncontrolled"]], next(iter(logs)))
 
 
 def _told(found: Logs, path: Path, metric: Any, scale: float) -> Iterator[dict[str, Any]]:
     """What the logs of a run, and its record if there is one, tell of every document."""
-    file, numbers = (path.parent if path.is_file() else path) / RECORD, count()
-    whole = read_json(file, "Run lmms-eval again.")["documents"] if file.exists() else None
-    notes = {(one["task"], one["doc_id"]): one for one in whole or ()}
+    places, numbers = path.parents[:2] if path.is_file() else [path], count()
+    notes: dict[tuple[str, int], dict[str, Any]] | None = None
+    for file in [place / RECORD for place in places if (place / RECORD).exists()][:1]:
+        record = unseal(read_json(file, ADVICE), file, ADVICE)
+        notes = {(one["task"], one["doc_id"]): one for one in record["documents"]}
     for task, log in sorted(found.items()):
         for doc, line in sorted(log.items()):
-            where, note = f"document {doc} of {task} in {str(path)!r}", notes.get((task, doc), {})
-            if whole is not None and not note:
+            where, note = (
+                f"document {doc} of {task} in {str(path)!r}",
+                (notes or {}).get((task, doc)),
+            )
+            if notes is not None and note is None:
                 raise InputError(
                     f"Got no note of {where} in {RECORD}; expected one of every document. Run without "
                     "--use_cache, in a folder of its own."
                 )
             asked = metric.get(task) if isinstance(metric, Mapping) else metric
-            told = {"item": next(numbers), "image_id": note.get("image"), "task": task}
+            told = {"item": next(numbers), "image_id": note and note["image"], "task": task}
             told |= {"question": line["input"], "answer": line["target"]}
             told["given"] = str(line["filtered_resps"])
             told["correct"] = _score(line, asked, scale, where)

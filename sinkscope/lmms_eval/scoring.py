@@ -20,7 +20,7 @@ from sinkscope.errors import InputError, nearest
 from sinkscope.experiments.comparing import compare, needs_trace, settle
 from sinkscope.experiments.harness import RECORD
 from sinkscope.experiments.tracing import trace_sinks
-from sinkscope.files import version_of, writable, write_whole
+from sinkscope.files import seal, version_of, writable, write_whole
 from sinkscope.interventions.application import allowing_noop, check_interventions
 from sinkscope.models.inputs import Sample, reads_words_only
 from sinkscope.models.lvlm import LVLM
@@ -145,7 +145,9 @@ class EditedModel:
         flags = {"model": model, "data": "scenes"}  # lmms-eval has the data
         read = read_recipe("compare", recipe and str(recipe), flags, compare, trust)
         name, what = chosen(read.conditions, None if condition is None else str(condition))
-        about = {"model": dict(read.model), "condition": {name: what}}
+        about = json.loads(
+            json.dumps({"model": read.model, "condition": {name: what}}, default=str)
+        )
         lvlm, normalized = read.load(), read.options.get("length_normalized", True)
         ready, rules = make_condition(name, what, lvlm), read.detectors(lvlm)
         return cls(lvlm, ready, name, rules, size, normalized, place, about)
@@ -193,7 +195,7 @@ class EditedModel:
             whole = {"sinkscope": version_of("sinkscope"), **self.about, "documents": documents}
             with writable(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
-                write_whole(self.out / RECORD, json.dumps(whole, default=str))
+                write_whole(self.out / RECORD, json.dumps(seal(whole)))
         return said, idle
 
     def _write(self, longest: int, rows: Any, sample: Sample, edits: Any) -> Any:
