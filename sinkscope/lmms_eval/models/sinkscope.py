@@ -9,7 +9,7 @@ from sinkscope.lmms_eval.scoring import EditedModel, Prompt
 try:
     from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
     from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
-    from loguru import logger  # pyright: ignore[reportMissingImports]
+    from lmms_eval.utils import eval_logger  # pyright: ignore[reportMissingImports]
 except ImportError as error:
     raise InputError(
         f"Got no lmms-eval ({error}); expected it beside sinkscope, as the page 'Score with lmms-eval' says. "
@@ -56,5 +56,5 @@ class Sinkscope(lmms):
     def clean(self) -> None:
         """Say and write what the edit did; lmms-eval calls this after the last request."""
         said, idle = self.model.finish()
-        (logger.warning if idle else logger.info)(said)
+        (eval_logger.warning if idle else eval_logger.info)(said)
         super().clean()
