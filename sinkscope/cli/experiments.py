@@ -30,6 +30,8 @@ Repeated = Annotated[tuple[str, ...], Parameter(consume_multiple=False)]
 Words = tuple[str, ...] | None
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 METHODS = ("var", "sink_to_front", "token_weights", "fixed_coefficients")  # made of plain values
+PLAIN = ("AblateActivations", "AblateValues", "AttentionKnockout", "AttentionTemperature")
+PLAIN += ("EvictKeys", "MaskKeys", "ScaleAttention", "ScaleKeys", "ScaleTokens")  # likewise
 
 
 @Parameter(name="*")
@@ -235,14 +237,28 @@ def write_report(out: Path, tables: Mapping[str, Any], name: str, result: Any) -
 
 
 def condition(name: str, what: Any, lvlm: "LVLM") -> Any:
-    """Make one condition of a comparison, of ``[]`` or a mapping with one key.
+    """Make one condition of a comparison, of a mapping with one key or a list of interventions.
 
+    In the list each is a mapping of one of `PLAIN`: ``[{MaskKeys: {tokens: image, layers: [10]}}]``. Keys:
     ``gate: folder``; ``stack: folder`` of a saved stack or ``stack: [folder, ...]`` of gates; ``edit: {kind,
     edit, ...}`` (see `EditSinks`); ``random_tokens: {condition: ..., count, seed}``; or one of `METHODS`.
     """
+    from sinkscope import interventions
     from sinkscope.experiments import EditSinks, baselines
     from sinkscope.lsg import LSG
 
+    if isinstance(what, list) and what:
+        made_of = []
+        for one in what:
+            if not isinstance(one, Mapping) or len(one) != 1 or next(iter(one)) not in PLAIN:
+                raise InputError(
+                    f"Got {one!r} in the condition {name}; expected one of {list(PLAIN)} with its arguments, "
+                    "such as {MaskKeys: {tokens: image, layers: [10]}}."
+                )
+            ((key, value),) = one.items()
+            kind, where = getattr(interventions, key), f"under {key} of the condition {name}"
+            made_of.append(kind(**recipes.arguments_for(kind, value, where)))
+        return made_of
     keys = ("gate", "stack", "edit", "random_tokens", *METHODS)
     if what in ([], {}, None, "base"):
         return []

@@ -44,7 +44,7 @@ def answer_batch(
     """
     ready = [allowing_noop(it) for it in check_interventions(edits)]
     if items[0].choices:
-        scores, touched = score_options(lvlm, sample, items, ready, length_normalized)
+        scores, touched, _ = score_options(lvlm, sample, items, ready, length_normalized)
         best = scores.argmax(dim=1).tolist()
         given = [item.choices[i] for item, i in zip(items, best, strict=True)]
         correct = [text == item.answer for text, item in zip(given, items, strict=True)]
@@ -62,15 +62,16 @@ def answer_batch(
         right = tuple(starts[-1]) == ids
         given.append(texts[-1] if right or not same else same[-1])
         correct.append(right or bool(same))
-    return Answers(tuple(given), tuple(correct), _touched(out.steps, sizes))
+    return Answers(tuple(given), tuple(correct), touched_rows(out.steps, sizes))
 
 
 def score_options(
     lvlm: LVLM, sample: Sample, items: Sequence[Item], edits: Sequence[Any], length_normalized: bool
-) -> tuple[Tensor, tuple[bool, ...]]:
-    """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer; and touched rows.
+) -> tuple[Tensor, tuple[bool, ...], Tensor]:
+    """Log-probabilities of options, float ``[batch option]``, -inf where a row has fewer.
 
-    They are the mean over an option's tokens, or the sum. Options are forced through ``generate``, so that
+    Then touched rows, and bool ``[batch option]``: whether greedy decoding begins with the option. They
+    are the mean over an option's tokens, or the sum. Options are forced through ``generate``, so that
     their tokens are decode steps for every edit; options of one token cost one forward pass.
     """
     options = [
@@ -80,12 +81,14 @@ def score_options(
     if all(len(ids) == 1 for row in options for ids in row):
         run = lvlm.run(sample, [], edits, logits="last")
         wanted = padded([torch.cat(row) for row in options], IGNORED, "right")
-        found = TokenScores.of(run.logits[:, -1:], wanted[:, None]).logprobs[:, 0].cpu()
-        touched = _touched([run], [1] * len(items))
-        return found.masked_fill(wanted == IGNORED, float("-inf")), touched
+        found = TokenScores.of(run.logits[:, -1:], wanted[:, None])
+        touched = touched_rows([run], [1] * len(items))
+        logs = found.logprobs[:, 0].cpu().masked_fill(wanted == IGNORED, float("-inf"))
+        return logs, touched, found.greedy.cpu() == wanted
     from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
-    scores, seen, start = [], torch.zeros(len(items), dtype=torch.bool), sample.tokens.ids.shape[1]
+    scores, exact = [], []
+    seen, start = torch.zeros(len(items), dtype=torch.bool), sample.tokens.ids.shape[1]
     for i in range(max(map(len, options))):
         forced = [row[min(i, len(row) - 1)] for row in options]
         ids = padded(forced, IGNORED, "right")
@@ -101,11 +104,12 @@ def score_options(
         gone = torch.tensor([i >= len(row) for row in options])
         each = (found.means if length_normalized else found.sums).cpu()
         scores.append(each.masked_fill(gone, float("-inf")))
-        seen |= torch.tensor(_touched(out.steps, [len(one) for one in forced]))
-    return torch.stack(scores, dim=1), tuple(seen.tolist())
+        exact.append(found.exact.cpu() & ~gone)
+        seen |= torch.tensor(touched_rows(out.steps, [len(one) for one in forced]))
+    return torch.stack(scores, dim=1), tuple(seen.tolist()), torch.stack(exact, dim=1)
 
 
-def _touched(steps: Sequence[Run], sizes: Sequence[int]) -> tuple[bool, ...]:
+def touched_rows(steps: Sequence[Run], sizes: Sequence[int]) -> tuple[bool, ...]:
     """Which rows an edit touched in the first passes, as many as ``sizes`` says; a packed tower has one row."""
     out = torch.zeros(len(sizes), dtype=torch.bool)
     for step, run in enumerate(steps):

@@ -9,6 +9,7 @@ from sinkscope.experiments.comparing import Comparison, PerSeed, compare, per_se
 from sinkscope.experiments.controls import ControlResult, RandomControl, replacement_table
 from sinkscope.experiments.gating import GateCoefficients, gate_coefficients
 from sinkscope.experiments.generation import GenerationTrace, SinkLife, trace_generation
+from sinkscope.experiments.harness import read_lmms_eval
 from sinkscope.experiments.measuring import SinkRecord, nop_or_broadcast
 from sinkscope.experiments.pooling import RandomGroup, sink_groups
 from sinkscope.experiments.probing import LinearProbes, linear_probes
@@ -24,5 +25,12 @@ __all__ += ["GenerationTrace", "Item", "LabelledImage", "LinearProbes", "PerSeed
 __all__ += ["RandomControl", "RandomGroup", "SinkLife", "SinkRecord", "SinkTrace", "Sweep"]
 __all__ += ["SweepCost", "baselines", "cluster_bootstrap", "cluster_intervals", "compare"]
 __all__ += ["effect_conditions", "effect_table", "gate_coefficients", "linear_probes", "lsg_grid"]
-__all__ += ["nop_or_broadcast", "per_seed", "replacement_table", "sign_flip_maximum", "sink_groups"]
+__all__ += [
+    "nop_or_broadcast",
+    "per_seed",
+    "read_lmms_eval",
+    "replacement_table",
+    "sign_flip_maximum",
+    "sink_groups",
+]
 __all__ += ["sweep", "top_received", "trace_generation", "trace_sinks"]

@@ -147,6 +147,41 @@ def per_seed(*conditions: Condition) -> PerSeed:
     return PerSeed(conditions)
 
 
+@dataclass(frozen=True)
+class Settled:
+    """A condition on one batch; see `settle`."""
+
+    edits: Sequence[Any]
+    block: AbstractContextManager[Any]
+    whole: bool  # whether the block holds it, and no edit
+    sinks: Sequence[float]  # of every row; NaN without a trace
+    uncontrolled: Sequence[bool]
+
+
+def needs_trace(condition: Any) -> bool:
+    """Whether a condition is a function of a `SinkTrace`."""
+    return callable(condition) and not isinstance(condition, Applied)
+
+
+def settle(lvlm: LVLM, name: str, condition: Any, trace: Any, rows: int) -> Settled:
+    """What a condition is on a batch of some rows, with their trace if it `needs_trace`."""
+    edits: Any = condition
+    sinks, uncontrolled = [float("nan")] * rows, [False] * rows
+    if isinstance(condition, Applied):
+        return Settled([], condition.apply(lvlm), True, sinks, uncontrolled)
+    if callable(condition):
+        edits = condition(trace)
+        sinks = (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1).double().tolist()
+        if isinstance(condition, EditSinks):
+            uncontrolled = condition.uncontrolled(trace).tolist()
+    if edits is None:
+        raise InputError(
+            f"The condition {name!r} gave None for a batch; expected a list of interventions. "
+            "Does its function end without a return? Write [] for no edit."
+        )
+    return Settled(edits, nullcontext(), False, sinks, uncontrolled)
+
+
 def _variants(conditions: Any) -> list[Variant]:
     """Conditions as a flat list; the first is the base."""
     if not isinstance(conditions, Mapping) or not conditions:
@@ -236,35 +271,21 @@ def _answer(
 ) -> Iterator[dict[str, Any]]:
     """One batch under every condition; one trace at most, and unedited answers once at most."""
     items, plain = [*part.values()], None
-    trace: Any = None
-    if any(callable(one) and not isinstance(one, Applied) for _, _, one in variants):
+    trace = None
+    if any(needs_trace(one) for _, _, one in variants):
         trace = trace_sinks(lvlm, sample, **rules)
     for name, seed, condition in variants:
-        edits: Any = condition
-        block: Any = nullcontext()
-        sinks, uncontrolled = [float("nan")] * len(items), [False] * len(items)
-        if whole := isinstance(condition, Applied):
-            edits, block = [], condition.apply(lvlm)
-        elif callable(condition):
-            edits = condition(trace)
-            sinks = (trace.v_sinks | trace.l_sinks().any(dim=1)).sum(dim=1).double().tolist()
-            if isinstance(condition, EditSinks):
-                uncontrolled = condition.uncontrolled(trace).tolist()
-        if edits is None:
-            raise InputError(
-                f"The condition {name!r} gave None for a batch; expected a list of interventions. "
-                "Does its function end without a return? Write [] for no edit."
-            )
-        answers = None if whole or edits else plain  # the same without an edit
+        on = settle(lvlm, name, condition, trace, len(items))
+        answers = None if on.whole or on.edits else plain  # the same without an edit
         if answers is None:
-            with block:
-                answers = answer_batch(lvlm, sample, items, edits, length_normalized=normalized)
-        if whole:
+            with on.block:
+                answers = answer_batch(lvlm, sample, items, on.edits, length_normalized=normalized)
+        if on.whole:
             answers = replace(answers, touched=(True,) * len(items))
-        elif not edits:
+        elif not on.edits:
             plain = answers
         for row, (index, item) in enumerate(part.items()):
             asked = {x: getattr(item, x) for x in ("image_id", "task", "question", "answer")}
             told = {x: getattr(answers, x)[row] for x in ("given", "correct", "touched")}
             line = {"item": index, **asked, "condition": name, "seed": seed, **told}
-            yield line | {"sinks": sinks[row], "uncontrolled": uncontrolled[row]}
+            yield line | {"sinks": on.sinks[row], "uncontrolled": on.uncontrolled[row]}

@@ -313,7 +313,7 @@ def test_options_are_scored_as_plain_transformers_does(planted, normalized):
         for q, options in zip(("how many", "what colour is it", "is it"), OPTIONS, strict=True)
     )
     sample = lvlm.prepare(images=[i.image for i in items], text=[i.question for i in items])
-    scores, _ = score_options(lvlm, sample, items, [], normalized)
+    scores, *_ = score_options(lvlm, sample, items, [], normalized)
     answers = answer_batch(lvlm, sample, items, [], length_normalized=normalized)
     for b, item in enumerate(items):
         want = log_probabilities(lvlm, item.image, item.question, item.choices)

@@ -121,7 +121,7 @@ def test_training_and_scores_read_the_same_tokens(lvlm):
     rule = ss.detectors.NoSinks()
     swept = ss.sweep(lvlm, [record], [0], [(0.5, 0.5)], v_detector=rule, score="logprob")
     assert swept.table["base_logprob"][0] == pytest.approx(-float(loss), abs=1e-4)
-    scores, _ = score_options(lvlm, sample, [replace(item, choices=(item.answer,))], [], False)
+    scores, *_ = score_options(lvlm, sample, [replace(item, choices=(item.answer,))], [], False)
     assert float(scores[0, 0]) == pytest.approx(-float(loss), abs=1e-4)
 
 

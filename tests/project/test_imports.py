@@ -41,6 +41,7 @@ ROOMS = [
     "experiments",
     "published",
     "cli",
+    "lmms_eval",
 ]
 ENTRIES = {"__init__", "__main__"}
 
