@@ -319,7 +319,7 @@ def value_norms(calls, state, layout=None):
 
 
 def values(calls, state, layout=None, norm=False):
-    """The value vectors, ``[batch kv_head key d_head]`` in fp32, or with ``norm`` their L2 norms."""
+    """The value vectors, ``[batch kv_head key d_head]``, or with ``norm`` their L2 norms in fp32."""
     if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
         probe = "ValueNorms" if norm else "AttentionValues"
         raise ValueError(
@@ -327,8 +327,8 @@ def values(calls, state, layout=None, norm=False):
             "them, because here heads and queries of one key read different values. Read them in a run "
             "without that edit, or write heads=None and queries=None."
         )
-    found = torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2)
-    return unpack(found.norm(dim=-1) if norm else found, layout, 2)
+    found = torch.cat([arguments(call)[0]["value"] for call in calls], dim=2)
+    return unpack(found.float().norm(dim=-1) if norm else found, layout, 2)
 
 
 def unpack(x, layout, dim):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sinkscope.anatomy.context import Context
 from sinkscope.kernels import attention, writes
+from sinkscope.kernels.writes import over_others
 from sinkscope.probes.per_layer import AttentionProbe
 from sinkscope.probes.residual import ScoreResult
 from sinkscope.protocols import Read
@@ -33,14 +34,6 @@ class WritingProbe(AttentionProbe):
             reads.append(Read(read.site, self.kernel, asked))
             reads.append(Read(Site(name, "attn_out", layer), writes.arrives, whole))
         return reads
-
-
-def over_others(norms: Tensor) -> Tensor:
-    """Every key's norm over the mean norm of the other live keys."""
-    live = ~norms.isnan()
-    total = norms.nansum(dim=-1, keepdim=True)
-    others = (live.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
-    return norms / ((total - norms) / others)
 
 
 @dataclass(frozen=True, eq=False)
