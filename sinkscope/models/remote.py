@@ -270,7 +270,8 @@ class Job(RemoteBackend):
         with suppress(ValueError, KeyError, TypeError):
             detail = str(answer.json()["detail"])
         said, asked = f"{code}: {detail}".rstrip(": "), str(answer.url).partition("?")[0]
-        if code in (401, 403) and asked.startswith(host):
+        ours = asked.startswith((f"{host}/request", f"{host}/response/"))  # else a store of results
+        if code in (401, 403) and ours:
             got = "an API key that" if self.api_key else "no API key, which"
             write = "Write nnsight.CONFIG.set_default_api_key('...'), or set NDIF_API_KEY."
             return f"Got {got} {host} refuses ({said}); expected one that it gave. {write}"
@@ -280,7 +281,7 @@ class Job(RemoteBackend):
             got = f"Got nnsight {nnsight_version} and Python {sys.version.split()[0]} here, which"
             write = "Install them: print(nnsight.compare()) lists both sides."
             return f"{got} {host} refuses ({said}); expected versions that fit its own. {write}"
-        if code == 404 and asked.startswith(f"{host}/response/"):
+        if code == 404 and ours and self.job_id:
             self.known = False
             return f"{host} knows no job {self.job_id!r} ({said}); expected one that it keeps."
         return f"{asked} answers with {said}; expected success."

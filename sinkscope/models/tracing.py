@@ -98,8 +98,6 @@ def generate_traced(
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
     mark = marked(call, inputs, plans, options)
     given = {**options, **({} if call else {"fn": "generate"})}
-    steps: list[Any] = []
-    sequences: Any = None
     if call is None or call.job_id is None:
         with (
             ready_to_trace(model, *plans, where=call is not None, at=at) as traced,
@@ -119,7 +117,7 @@ def generate_traced(
                     sequences = save(tracer.result)
     if isinstance(call, Job):
         steps, sequences = call.wait("steps", "sequences")
-    return steps[1:], sequences
+    return steps[1:], sequences  # type: ignore[reportPossiblyUnbound]  # the block's, or the job's
 
 
 def marked(call: Call | None, *asked: Any) -> str:
