@@ -99,9 +99,19 @@ def channels(states, state, index, layout=None):
     return rows_of(states, layout)[..., index]
 
 
-def keep(states, state, layout=None):
-    """The states themselves, ``[batch pos d_model]``."""
-    return rows_of(states, layout)
+def keep(states, state, layout=None, chosen=None):
+    """The states themselves, ``[batch pos d_model]``, or those ``chosen``, see `picked`."""
+    return picked(rows_of(states, layout), chosen, 1)
+
+
+def picked(x, chosen, dim):
+    """The positions ``chosen`` ``[batch chosen]`` along ``dim`` of a tensor ``[batch ... pos ...]``, the first
+    where one is -1; all for None."""
+    if chosen is None:
+        return x
+    shape = [len(chosen), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1)]
+    index = chosen.clamp(min=0).reshape(shape)
+    return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
 
 def group_means(states, state, groups, layout=None):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.anatomy.context import Context
+from sinkscope.anatomy.context import Context, indices_of
 from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.kernels import residual as kernels
@@ -155,6 +155,29 @@ class CosineToFirst(LayerProbe, kernel=kernels.cosine_to, result=ScoreResult):
         return {"anchor": context.live(self.tower).int().argmax(dim=1)}
 
 
+def chosen_of(context: Context, tower: Tower, tokens: Selection) -> Tensor | None:
+    """The chosen tokens of a prompt, int ``[row chosen]``, -1 for none; None for all, and at decode steps."""
+    mask = context.flat(tower, tokens)
+    return None if context.step or bool(mask.all()) else indices_of(mask)
+
+
+def spread(
+    answers: Mapping[Site, Any], chosen: Tensor | None, like: Tensor, dim: int
+) -> dict[Site, Any]:
+    """Answers of chosen tokens in their places along ``dim``, among as many as in ``like`` ``[row pos]``, NaN
+    elsewhere."""
+    if chosen is None:
+        return dict(answers)
+    row, at = (chosen >= 0).nonzero(as_tuple=True)
+    out = {}
+    for site, answer in answers.items():
+        own = answer.movedim(dim, 1)
+        whole = own.new_full((len(own), like.shape[1], *own.shape[2:]), float("nan"))
+        whole[row, chosen[row, at]] = own[row, at]
+        out[site] = whole.movedim(1, dim)
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class StateResult(Result, columns={"value": "states"}):
     """Whole states: NaN at padding and at tokens not chosen. Fields as in `MassiveResult`."""
@@ -180,8 +203,12 @@ class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     site: str = "resid_post"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        context.flat(self.tower, self.tokens)
-        return {}
+        return {"chosen": chosen_of(context, self.tower, self.tokens)}
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
+        """Stack the layers; NaN at all other tokens."""
+        chosen = chosen_of(context, self.tower, self.tokens)
+        return super().finish(spread(answers, chosen, context.live(self.tower), 1), context)
 
     def _kept(self, context: Context) -> Tensor:
         live = context.live(self.tower)

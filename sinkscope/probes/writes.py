@@ -11,7 +11,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.kernels import attention, writes
 from sinkscope.kernels.writes import over_others
 from sinkscope.probes.per_layer import AttentionProbe
-from sinkscope.probes.residual import ScoreResult
+from sinkscope.probes.residual import ScoreResult, chosen_of, spread
 from sinkscope.protocols import Read
 from sinkscope.results import Record, Result, stack_layers
 from sinkscope.sites import Site, Tower
@@ -117,8 +117,12 @@ class AttentionValues(
     tower: Tower = "language"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        context.flat(self.tower, self.tokens)
-        return {}
+        return {"chosen": chosen_of(context, self.tower, self.tokens)}
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
+        """Stack the layers; NaN at all other tokens."""
+        chosen = chosen_of(context, self.tower, self.tokens)
+        return super().finish(spread(answers, chosen, context.live_keys(self.tower), 2), context)
 
     def _kept(self, context: Context) -> Tensor:
         kept, chosen = super()._kept(context).clone(), context.flat(self.tower, self.tokens)
