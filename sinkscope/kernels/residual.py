@@ -88,7 +88,7 @@ def lens(states, state, norm, head, positions=None, k=5, scale=1.0, cap=0.0, lay
     values, tokens = logprobs.topk(min(k, logprobs.shape[-1]))
     values = values.masked_fill(gone[..., None], float("nan"))
     return {
-        "tokens": tokens.masked_fill(gone[..., None], -1).int(),
+        "tokens": tokens.masked_fill(gone[..., None], -1),
         "logprobs": values,
         "entropy": entropy,
     }

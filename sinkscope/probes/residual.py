@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sinkscope.anatomy.context import Context, indices_of
+from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, is_whole
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.kernels import residual as kernels
-from sinkscope.probes.per_layer import ByLayer, LayerProbe
+from sinkscope.probes.per_layer import ByLayer, LayerProbe, chosen_of, spread
 from sinkscope.results import Result
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
@@ -153,29 +153,6 @@ class CosineToFirst(LayerProbe, kernel=kernels.cosine_to, result=ScoreResult):
 
     def _parameters(self, context: Context) -> dict[str, Any]:
         return {"anchor": context.live(self.tower).int().argmax(dim=1)}
-
-
-def chosen_of(context: Context, tower: Tower, tokens: Selection) -> Tensor | None:
-    """The chosen tokens of a prompt, int ``[row chosen]``, -1 for none; None for all, and at decode steps."""
-    mask = context.flat(tower, tokens)
-    return None if context.step or bool(mask.all()) else indices_of(mask)
-
-
-def spread(
-    answers: Mapping[Site, Any], chosen: Tensor | None, like: Tensor, dim: int
-) -> dict[Site, Any]:
-    """Answers of chosen tokens in their places along ``dim``, among as many as in ``like`` ``[row pos]``, NaN
-    elsewhere."""
-    if chosen is None:
-        return dict(answers)
-    row, at = (chosen >= 0).nonzero(as_tuple=True)
-    out = {}
-    for site, answer in answers.items():
-        own = answer.movedim(dim, 1)
-        whole = own.new_full((len(own), like.shape[1], *own.shape[2:]), float("nan"))
-        whole[row, chosen[row, at]] = own[row, at]
-        out[site] = whole.movedim(1, dim)
-    return out
 
 
 @dataclass(frozen=True, eq=False)

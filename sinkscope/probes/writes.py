@@ -10,8 +10,8 @@ from torch import Tensor
 from sinkscope.anatomy.context import Context
 from sinkscope.kernels import attention, writes
 from sinkscope.kernels.writes import over_others
-from sinkscope.probes.per_layer import AttentionProbe
-from sinkscope.probes.residual import ScoreResult, chosen_of, spread
+from sinkscope.probes.per_layer import AttentionProbe, chosen_of, spread
+from sinkscope.probes.residual import ScoreResult
 from sinkscope.protocols import Read
 from sinkscope.results import Record, Result, stack_layers
 from sinkscope.sites import Site, Tower
