@@ -32,6 +32,14 @@ class CheckpointError(SinkscopeError, OSError):
     """A checkpoint folder or repository could not be read."""
 
 
+class RemoteError(SinkscopeError, ConnectionError):
+    """A server could not be asked, or the run failed there; ``job_id`` is the job to come back to, or None."""
+
+    def __init__(self, message: str = "", job_id: str | None = None) -> None:
+        super().__init__(message)
+        self.job_id = job_id
+
+
 class AttentionCallError(ModelError):
     """The attention call was not found in a module, or did not fire as its source says."""
 

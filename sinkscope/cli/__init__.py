@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"sinkscope: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(*stop.args, file=sys.stderr)  # of a job that goes on elsewhere
         return 130
 
 

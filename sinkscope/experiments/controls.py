@@ -64,7 +64,8 @@ def attention_under(it: Any, trace: SinkTrace, lvlm: LVLM | None) -> tuple[Tenso
     layers = sorted({int(layer) for layer in wanted})
     queries, heads = getattr(it, "queries", None), getattr(it, "heads", None)
     if queries is None:
-        received = trace.received[:, layers].nan_to_num()
+        received = trace.received if heads is not None else trace.language.by_key.mean[:, :, None]
+        received = received[:, layers].nan_to_num()
     elif lvlm is None:
         raise InterventionError(
             "Got an intervention with queries and no model; expected one, to measure what these "

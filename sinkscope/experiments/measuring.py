@@ -15,7 +15,7 @@ from sinkscope.detectors.detection import decided, unseen
 from sinkscope.detectors.gap import shared_probe, told
 from sinkscope.detectors.rules import STATE_SITE
 from sinkscope.models import LVLM, Sample
-from sinkscope.probes.writes import BlockWriters, over_others
+from sinkscope.probes.evidence import Closing
 from sinkscope.results import over_layers
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
@@ -198,9 +198,9 @@ class Measured:
     """One forward pass that measures everything that a trace reads, and what the rules flag in it."""
 
     def __init__(
-        self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any
+        self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any, full: bool
     ) -> None:
-        # ``draws`` is the least attention beyond uniform.
+        # ``draws`` is the least attention beyond uniform; ``full`` whether all evidence comes back.
         a, self.sample, self.draws = lvlm.anatomy, sample, draws
         # Vision blocks whose output reaches the decoder, of those with one state per ViT token.
         blocks = () if unseen(a.vision, [sample]) else a.vision.stating
@@ -215,30 +215,31 @@ class Measured:
         rule: dict[str, Any] = {"vision": rules.v, "language": rules.l_rule}
         for tower in towers:
             probe = rule[tower].probe(tower, some[tower], a.tower(tower))
-            judged[tower] = shared_probe(rule[tower], probe, shared)
-        # What attention and MLP add, in the blocks of which that is known.
-        adding, k = [i for i in a.vision.adding if i in blocks], min(16, a.vision.d_model)
-        both = BlockWriters.halves if sees and adding else ()
-        halves = [probes.MassiveActivations(adding, "vision", k, site) for site in both]
-        writers = BlockWriters([i for i in a.language.adding if i + 1 < a.language.n_layers])
-        heads = [probes.HeadWrites(a.language.writing)] if a.language.writing else []
-        asked = [*shared, *heads, *judged.values(), *halves, *[writers] * bool(writers.blocks)]
+            # A rule of the user's own may read what is not sent: then its probe is asked besides.
+            ours = full or type(rule[tower]).__module__.partition(".")[0] == "sinkscope"
+            judged[tower] = shared_probe(rule[tower], probe, shared) if ours else probe
+        last = self.feeds[-1] if sees else -1
+        if vit_norms not in judged.values():
+            vit_norms = probes.TokenNorms([last], "vision", STATE_SITE["vision"])
+        ends = [Closing.of(evidence, a, full, last) for evidence in own.values()]
+        others = [probe for probe in judged.values() if probe not in own.values()]
+        asked = [part for end in ends for part in end.parts]
+        asked += [*[vit_norms] * sees, llm_norms, *others, *ends]
         run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
-        self.vit_halves = [run[x] for x in halves]
-        more = run[writers].scores.unbind(1) if writers.blocks else ()
-        self.writers = dict(zip(writers.blocks, more, strict=True))  # block: [batch pos]
-        self.language = run[own["language"]]
-        seen = {probe: told(rule[tower], run[probe]) for tower, probe in judged.items()}
+        self.ends = {end.tower: run[end] for end in ends}
+        back = {end.tower: run[end].evidence or run[end.parts[0]] for end in ends}
+        self.language = back["language"]
+        results = {own[tower]: one for tower, one in back.items()} | dict(run.results)
+        seen = {probe: told(rule[tower], results[probe]) for tower, probe in judged.items()}
         found = {t: decided(rule[t], seen, probe, lvlm, sample) for t, probe in judged.items()}
         self.low = over_layers(found["language"], self.language.layers)
         self.v, self.vision = nothing_seen(rules.v)
         if sees:
-            got = run[own["vision"]]
+            got = back["vision"]
             self.vision = replace(got, massive=over_layers(got.massive, every), layers=every)
             self.vit_norms = over_layers(run[vit_norms], every).norms  # [image layer pos]
             self.v = over_layers(found["vision"], every)
         self.llm_norms = run[llm_norms].norms[:, 0]  # [batch pos], in the embeddings
-        self.writes = run[heads[0]] if heads else None  # in layers where that is known
         self.event = self.language.received.event()  # [batch layer head]
         # ViT tokens that attract attention in most blocks up to the last feed that attend, [image pos]: some
         # head gives them draws beyond uniform attention, and 5 times uniform (ACT, 2406.15765), for few tokens.
@@ -271,11 +272,11 @@ class Measured:
             return {}
         last = self.feeds[-1]
         token = sources[int(self.v.scores[image, last, list(sources)].nan_to_num().argmax())]
-        channels = _channels(self.vision.massive, image, last, token)
+        channels = _channels(self.ends["vision"], image, token)
         # Unbroken up to the state that the projector reads; later blocks do not matter.
         birth, half = birth_block(self.v.mask[image, : last + 1, token]), None
         if birth is not None:
-            half = _writer(self.vit_halves, image, birth, token, channels[0][0])
+            half = _writer(self.ends["vision"], birth, image, token)
         parts: dict[str, Any] = {"vit_token": token, "vit_birth": birth, "vit_writer": half}
         parts["vit_kind"] = VISION_KINDS[int(self.sample.tokens.vision.kind[image, token])]
         parts["vit_norm"] = float(self.vit_norms[image, last, token])
@@ -283,49 +284,40 @@ class Measured:
         return parts | {"vit_channels": channels}
 
     def _in_language(self, batch: int, pos: int) -> dict[str, Any]:
-        massive = self.language.massive
+        end = self.ends["language"]
         layers = tuple(self.low.mask[batch, :, pos].nonzero().flatten().tolist())
         lives: list[tuple[int, int, str | None]] = []
         for _, stretch in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
             run = [layer for _, layer in stretch]
-            block, half = run[0] - 1, None  # layer l reads what block l - 1 wrote; -1: embeddings
-            if block in self.writers:
-                half = "attention" if bool(self.writers[block][batch, pos] > 0) else "mlp"
-            lives.append((block, run[-1], half))
+            block = run[0] - 1  # layer l reads what block l - 1 wrote; -1: embeddings
+            lives.append((block, run[-1], _writer(end, block, batch, pos)))
         birth, _, writer = lives[0] if lives else (None, None, None)
         parts = {"llm_birth": birth, "llm_writer": writer, "llm_layers": layers}
-        peak = int(massive.values[batch, :, pos, 0].abs().argmax())
-        parts |= {"peak_channels": _channels(massive, batch, peak, pos), "llm_lives": tuple(lives)}
-        parts |= {"llm_channels": _channels(massive, batch, 0, pos)}
+        parts |= {"peak_channels": _channels(end, batch, pos), "llm_lives": tuple(lives)}
+        parts |= {"llm_channels": _channels(self.language.first, batch, 0, pos)}
         return parts | {"llm_norm": float(self.llm_norms[batch, pos])}
 
     def _attention(self, batch: int, pos: int) -> dict[str, Any]:
-        got: Any = self.language.received  # with nulls and the attention of others
-        received, null = got.received[batch, :, :, pos], got.others_null[batch, :, pos]
-        excess = got.others[batch, :, :, pos] - null[:, None]
-        by_layer = {"received": received.mean(dim=1), "received_max": received.amax(dim=1)}
-        by_layer["null"] = got.null[batch, :, pos]
-        parts: Any = {name: tuple(values.tolist()) for name, values in by_layer.items()}
+        got: Any = self.language.by_key  # with nulls and the attention of others
+        null, excess = got.others_null[batch, :, pos], self.language.drawn()[batch, :, pos]
+        by_layer = {"received": got.mean, "received_max": got.most, "null": got.null}
+        parts: Any = {name: tuple(x[batch, :, pos].tolist()) for name, x in by_layer.items()}
         if excess.isnan().all():
             return parts
         known = excess.nan_to_num(nan=-2.0)
-        drawn = (known.amax(dim=1) >= self.draws).nonzero().flatten().tolist()
-        layer, head = divmod(int(known.argmax()), excess.shape[1])
-        ratio = rank = norm = float("nan")
-        if self.writes is not None and layer in self.writes.layers:
-            at = (batch, self.writes.layers.index(layer), head)
-            norms = self.writes.norms[at]
-            ratio, norm = float(over_others(norms)[pos]), float(norms[pos])
-            rank = float(self.writes.stable_rank[at])
+        drawn = (known >= self.draws).nonzero().flatten().tolist()
+        layer = int(known.argmax())
+        head, at = int(got.head[batch, layer, pos]), self.ends["language"].at_head
+        norm, ratio, rank = (float(at[name][batch, pos]) for name in ("norm", "ratio", "rank"))
         own = int(got.sink[batch, layer, head]) == pos  # the head's dominant key is this one
         event = own and bool(self.event[batch, layer, head])
         parts["routed"] = float(got.routed[batch, layer, head]) if own else float("nan")
         verdict = "writes unknown" if ratio != ratio else nop_or_broadcast(ratio, rank, event)
         parts |= {"event": event, "first_drawn": drawn[0] if drawn else None, "head": (layer, head)}
-        parts["head_received"] = float(got.others[batch, layer, head, pos])
+        parts["head_received"] = float(got.drawn[batch, layer, pos])
         parts["head_null"] = float(null[layer])
-        parts |= {"excess": float(excess[layer, head]), "value_ratio": ratio, "stable_rank": rank}
-        parts["contribution"] = float(received[layer, head]) * norm
+        parts |= {"excess": float(excess[layer]), "value_ratio": ratio, "stable_rank": rank}
+        parts["contribution"] = float(at["received"][batch, pos]) * norm
         return parts | {"verdict": verdict if drawn else "draws nothing"}
 
 
@@ -335,16 +327,12 @@ def birth_block(mask: Tensor) -> int | None:
     return first if first < len(mask) else None
 
 
-def _channels(result: probes.MassiveResult, *at: int) -> tuple[tuple[int, float], ...]:
+def _channels(result: Any, *at: int) -> tuple[tuple[int, float], ...]:
     return tuple(zip(result.channels[at].tolist(), result.values[at].tolist(), strict=True))
 
 
-def _writer(halves: Sequence[Any], row: int, block: int, pos: int, channel: int) -> str | None:
+def _writer(end: Any, block: int, row: int, pos: int) -> str | None:
     """Which half of a block wrote more into a channel of a token; None where that is unknown."""
-    sizes = []
-    for result in halves:
-        if block not in result.layers:
-            return None
-        at = (row, result.layers.index(block), pos)
-        sizes.append(float(result.values[at].abs()[result.channels[at] == channel].sum()))
-    return ("attention" if sizes[0] > sizes[1] else "mlp") if sizes else None
+    if block not in end.wrote:
+        return None
+    return "attention" if bool(end.wrote[block][row, pos]) else "mlp"

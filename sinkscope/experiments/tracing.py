@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sinkscope.checks import check_number, is_whole, typed
+from sinkscope.checks import check_choice, check_number, is_whole, typed
 from sinkscope.detectors import Calibration, Detection, Detector, Gap, NoSinks, SinkRules, known_for
 from sinkscope.detectors.gap import DRAWS, outcome_of
 from sinkscope.errors import CheckpointError, DetectorError, SelectionError
@@ -70,7 +70,8 @@ class SinkTrace(Result):
 
     @property
     def received(self) -> Float[Tensor, "batch layer head key"]:
-        """Attention received in the LLM (Gu et al. 2410.10781); see `ReceivedAttention`."""
+        """Attention received in the LLM (Gu et al. 2410.10781); see `ReceivedAttention`. ProbeError with
+        ``detail="sinks"``, which has it of few keys: see `ReceivedSummary`."""
         return self.language.received.received
 
     @property
@@ -144,20 +145,21 @@ class SinkTrace(Result):
         _, evidence, detection, layers = self._judged(tower)
         if not layers:
             return
-        (others, null), tokens = evidence.received._of_others(), self.sample.tokens
+        tokens, head = self.sample.tokens, evidence.by_key.head
         live = tokens.vision.live if tower == "vision" else tokens.live
         large = evidence.prominence()[:, layers].nan_to_num(-1.0)
-        attention = evidence.drawn().nan_to_num(-2.0).amax(dim=1)
+        known = evidence.drawn()
+        attention = known.nan_to_num(-2.0).amax(dim=1)
         for row, drawing in enumerate(attention):
             few, size = min(3, len(drawing)), large[row].amax(dim=0)
             most = [*drawing.topk(few).indices.tolist(), *size.topk(few).indices.tolist()]
             best = dict.fromkeys(pos for pos in most if bool(live[row, pos]))
             for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
-                times, given = large[row, :, pos], others[row, :, :, pos] - null[row, :, :, pos]
+                times, given = large[row, :, pos], known[row, :, pos]
                 layer, at, drawn = layers[int(times.argmax())], None, float("nan")
                 if not bool(given.isnan().all()):
-                    at = divmod(int(given.nan_to_num(-2.0).argmax()), given.shape[1])
-                    drawn = float(given[at])
+                    most = int(given.nan_to_num(-2.0).argmax())
+                    at, drawn = (most, int(head[row, most, pos])), float(given[most])
                 flagged = bool(detection.mask[row, layers, pos].any())
                 reason = "flagged" if flagged else self._why_not(tower, row, pos)
                 where = tower, row, pos, named(self, tower, row, pos)
@@ -294,6 +296,7 @@ def trace_sinks(
     calibration: Calibration | None = None,
     merge: str = "max",
     draws: float = DRAWS,
+    detail: Literal["sinks", "full"] | None = None,
     remote: bool | str | None = None,
 ) -> SinkTrace:
     """Trace the sinks of a sample from the ViT through the projector into the LLM, in one pass.
@@ -312,6 +315,11 @@ def trace_sinks(
             ``"mean"`` (the mean passes, and the rule flags one of them) or ``"any"``.
         draws: What some head must give a token beyond uniform attention, counting other tokens'
             queries only, for it to count as attended: a share between 0 and 1.
+        detail: ``"full"`` keeps what every key receives by head, ``trace.received`` among it, and the 16
+            largest channels in every layer. ``"sinks"`` reduces them in the pass, so that under 1 MB comes
+            back of a 7B model: by head of the 16 tokens that draw most, numbers over heads of the others.
+            Sinks, records, candidates and what is printed are the same. None is ``"full"`` here and
+            ``"sinks"`` on remote runs.
     """
     check_merge(merge)
     check_number(above=0, below=1, error=DetectorError, hint=f"Write {DRAWS}.", draws=draws)
@@ -320,7 +328,9 @@ def trace_sinks(
         rules = SinkRules.on_sample(lvlm, sample, *given, draws)
     else:
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
-    m = Measured(lvlm, sample, rules, draws, remote)
+    check_choice(("sinks", "full", None), error=DetectorError, detail=detail)
+    full = detail == "full" if detail else not lvlm._places.choose(remote)
+    m = Measured(lvlm, sample, rules, draws, remote, full)
     v_sinks = carry(sample, m.v, m.feeds, merge)
     attended = (placed(sample, m.attended.float()) > 0) & ~v_sinks
     # What concerns the decision: the feeding blocks, and every LLM layer.

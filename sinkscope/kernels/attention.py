@@ -17,6 +17,8 @@ sequence. A call is ``(function, positional arguments, keyword arguments)`` as i
 
 import torch
 
+from sinkscope.kernels.residual import picked
+
 WRITTEN = ("sdpa_attention_forward", "eager_attention_forward")  # they take any mask
 EXTRA = 8  # head dimensions are added in eights, which keeps fused kernels
 NAMES = ("module", "query", "key", "value", "attention_mask")
@@ -318,8 +320,9 @@ def value_norms(calls, state, layout=None):
     return values(calls, state, layout, norm=True)
 
 
-def values(calls, state, layout=None, norm=False):
-    """The value vectors, ``[batch kv_head key d_head]`` in fp32, or with ``norm`` their L2 norms."""
+def values(calls, state, layout=None, norm=False, chosen=None):
+    """The value vectors, ``[batch kv_head key d_head]``, of all tokens or those ``chosen``, see `picked`; or
+    with ``norm`` their L2 norms in fp32."""
     if any(getattr(call[0], "recipe", {}).get("values") for call in calls):
         probe = "ValueNorms" if norm else "AttentionValues"
         raise ValueError(
@@ -327,8 +330,8 @@ def values(calls, state, layout=None, norm=False):
             "them, because here heads and queries of one key read different values. Read them in a run "
             "without that edit, or write heads=None and queries=None."
         )
-    found = torch.cat([arguments(call)[0]["value"].float() for call in calls], dim=2)
-    return unpack(found.norm(dim=-1) if norm else found, layout, 2)
+    found = torch.cat([arguments(call)[0]["value"] for call in calls], dim=2)
+    return picked(unpack(found.float().norm(dim=-1) if norm else found, layout, 2), chosen, 2)
 
 
 def unpack(x, layout, dim):

@@ -1,7 +1,7 @@
 """Questions to the residual stream, and edits of states: channels set, tokens overwritten, scaled, moved.
 
 All take states ``[batch pos d_model]``. Questions are answered in fp32, since squared norms of large towers
-overflow fp16; edits return the edited states and the effect. ``state`` is the run's scratch space,
+overflow fp16, or with numbers of the states as they are; edits return the edited states and the effect. ``state`` is the run's scratch space,
 ``layout`` the ``[row pos]`` packed positions of a packed tower, or None; ``mask`` and ``live`` are ``[batch
 pos]`` bool, the tokens to edit and the live ones.
 """
@@ -30,7 +30,8 @@ def mean_over(x, mask):
 def massive(states, state, live, k=4, layout=None):
     """The ``k`` largest absolute channels of every token and the median of ``|h|`` (Sun et al. 2024).
     ``{"values": [batch pos k] signed, "channels": [batch pos k], "median": [batch]}``, of live tokens."""
-    h, every = rows_of(states, layout).float(), ("every", id(live))
+    states = rows_of(states, layout)
+    h, every = states.float(), ("every", id(live))
     size, mine = h.abs(), live_at(live, h)
     if every not in state:
         state[every] = bool(live.all()), live
@@ -42,7 +43,8 @@ def massive(states, state, live, k=4, layout=None):
             [x.median() if x.numel() else x.new_tensor(float("nan")) for x in few]
         )
     top = size.topk(min(k, h.shape[-1])).indices
-    return {"values": h.gather(-1, top), "channels": top, "median": medians}
+    values, whole = states.gather(-1, top), torch.int16 if h.shape[-1] <= 2**15 else torch.int32
+    return {"values": values, "channels": top.to(whole), "median": medians}
 
 
 def norms(states, state, layout=None):
@@ -103,13 +105,23 @@ def lens(
 
 
 def channels(states, state, index, layout=None):
-    """The values of given channels, ``[batch pos channel]`` in fp32."""
-    return rows_of(states, layout).float()[..., index]
+    """The values of given channels, ``[batch pos channel]``."""
+    return rows_of(states, layout)[..., index]
 
 
-def keep(states, state, layout=None):
-    """The states themselves, ``[batch pos d_model]`` in fp32."""
-    return rows_of(states, layout).float()
+def keep(states, state, layout=None, chosen=None):
+    """The states themselves, ``[batch pos d_model]``, or those ``chosen``, see `picked`."""
+    return picked(rows_of(states, layout), chosen, 1)
+
+
+def picked(x, chosen, dim):
+    """The positions ``chosen`` ``[batch chosen]`` along ``dim`` of a tensor ``[batch ... pos ...]``, the first
+    where one is -1; all for None."""
+    if chosen is None:
+        return x
+    shape = [len(chosen), *[1] * (dim - 1), -1, *[1] * (x.ndim - dim - 1)]
+    index = chosen.clamp(min=0).reshape(shape)
+    return x.gather(dim, index.expand(*x.shape[:dim], -1, *x.shape[dim + 1 :]))
 
 
 def group_means(states, state, groups, layout=None):

@@ -213,16 +213,24 @@ def tensors_in(value):
 
 
 def brought(value):
-    """The same nested value in the memory of the CPU. Copies from a GPU are all begun, then waited for once."""
-    busy = set()
+    """The same nested value in the memory of the CPU. Copies from a GPU are all begun, then waited for once.
+    What several answers share stays one tensor, and a view is cut from the rest: a file holds whole storages."""
+    busy, known = set(), {}
 
     def bring(x):
         if isinstance(x, dict):
             return {key: bring(part) for key, part in x.items()}
-        if getattr(x.device, "type", "") != "cuda":
-            return x.cpu()
-        busy.add(x.device)
-        return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+        if id(x) not in known:
+            known[id(x)] = fetch(x)
+        return known[id(x)]
+
+    def fetch(x):
+        if getattr(x.device, "type", "") == "cuda":
+            busy.add(x.device)
+            return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+        x = x.cpu()
+        view = torch.is_tensor(x) and x.untyped_storage().nbytes() > x.nbytes
+        return x.clone() if view else x
 
     value = bring(value)
     for device in busy:

@@ -259,3 +259,11 @@ def more_written(states, state, halves):
     parts = [state.pop(("half", half)).reshape(states.shape) for half in halves]
     first, second = (part.gather(-1, top.to(part.device)).float().abs() for part in parts)
     return (first - second.to(first.device))[..., 0]
+
+
+def over_others(norms):
+    """Every key's norm over the mean norm of the other live keys."""
+    live = ~norms.isnan()
+    total = norms.nansum(dim=-1, keepdim=True)
+    others = (live.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
+    return norms / ((total - norms) / others)

@@ -18,21 +18,13 @@ from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice, check_path, typed
 from sinkscope.errors import InputError, ModelError, ProbeError, SinkscopeError
 from sinkscope.interventions import application
-from sinkscope.models import kept, loading, wrapping
+from sinkscope.models import kept, loading, runs, wrapping
 from sinkscope.models import requests as checking
 from sinkscope.models.inputs import Sample, make_sample
 from sinkscope.models.patch_map import PatchMap, PatchMaps
+from sinkscope.models.remote import Traffic, Wire, call_to
 from sinkscope.models.report import Report, make_report
-from sinkscope.models.runs import (
-    Engine,
-    Generation,
-    Run,
-    choose_engine,
-    finish_run,
-    generate_plan,
-    generator_of,
-    run_plan,
-)
+from sinkscope.models.runs import Engine, Generation, Run, finish_run
 from sinkscope.models.stand_ins import stand_in
 from sinkscope.models.tracing import OpenTrace
 from sinkscope.protocols import Intervention, Probe
@@ -52,6 +44,8 @@ class LVLM:
     Attributes:
         name: Repository id, folder, or class name.
         verified: Whether a forward pass has proven the anatomy when the model was loaded.
+        wire: How long remote runs wait, and how often they try again: a `Wire`.
+        traffic: What the last remote run sent, received and waited: a `Traffic`, or None.
     """
 
     def __init__(
@@ -74,6 +68,8 @@ class LVLM:
         self._open = OpenTrace(self._places.here, self._anatomy)
         self._maps = PatchMaps(module, stand_in)
         self._asked = self._unproven = False
+        self.wire = Wire()
+        self.traffic: Traffic | None = None
         kept.begin(self)
 
     @classmethod
@@ -102,9 +98,7 @@ class LVLM:
             quantization_config: One of ``transformers``' configs, or the same as a dict.
             remote: True to run on NDIF, without weights here; ``"local"`` takes the same path here.
         """
-        check_choice(
-            (None, True, False), error=ModelError, verify=verify
-        )  # before weights are read
+        check_choice((None, True, False), error=ModelError, verify=verify)
         check_path(name=name)
         options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
         options["attn_implementation"] = attn_implementation
@@ -207,6 +201,7 @@ class LVLM:
         grad: bool = False,
         effects: bool = True,
         engine: Engine | None = None,
+        job: str | None = None,
     ) -> Run:
         """Run one forward pass with any number of probes and interventions.
 
@@ -226,6 +221,7 @@ class LVLM:
                 more attention calls per layer else. What was touched is always told.
             engine: ``"hooks"`` or ``"nnsight"``, which give the same bits; None is the first, which is
                 faster, for runs here, and nnsight for remote ones.
+            job: A job that was sent by the same call, as a RemoteError names it: its result is fetched.
         """
         kept.follow(self)
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
@@ -235,9 +231,10 @@ class LVLM:
         every = logits == "all" or not (logits or where)
         context, last = Context(self.anatomy, sample.tokens), sample.tokens.last
         plan = checking.plan_of(asked, edits, context, self, effects)
-        chosen = choose_engine(engine, where, self._module, [plan])
-        model, inputs = self._on(where, sample)
-        made = run_plan(model, inputs, plan, None if every else last, where, grad, chosen)
+        chosen = runs.choose_engine(engine, where, self._module, [plan])
+        model, inputs, call = self._on(where, sample, job)
+        made = runs.run_plan(model, inputs, plan, None if every else last, call, grad, chosen)
+        self.traffic = call.traffic if call else self.traffic
         out = finish_run(made, asked, context, edits)
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
@@ -256,14 +253,15 @@ class LVLM:
         remote: bool | str | None = None,
         effects: bool = True,
         engine: Engine | None = None,
+        job: str | None = None,
         **options: Any,
     ) -> Generation:
         """Generate an answer with the KV cache, probing every forward pass.
 
         The answer is the one of ``model.generate(**sample.inputs, **options)``. Probes of the vision
         tower have a result at the prompt only. A decode step has one query, and the keys so far.
-        Interventions apply at the steps they name. For ``remote``, ``effects`` and ``engine`` see
-        `run`.
+        Interventions apply at the steps they name. For ``remote``, ``effects``, ``engine`` and ``job``
+        see `run`.
 
         Args:
             max_new_tokens: Upper bound on the answer's length, or None.
@@ -274,7 +272,7 @@ class LVLM:
         kept.follow(self)
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote)
-        at = generator_of(self._module)
+        at = runs.generator_of(self._module)
         defaults = getattr(self._module.get_submodule(at), "generation_config", None)
         if max_new_tokens is not None:
             options["max_new_tokens"] = max_new_tokens
@@ -283,9 +281,10 @@ class LVLM:
         context = partial(Context, self.anatomy, sample.tokens)
         first = checking.plan_of(asked, edits, context(0), self, effects)
         plans = [first, checking.plan_of(later, edits, context(1), self, effects)]
-        chosen = choose_engine(engine, where, self._module, plans)
-        model, inputs = self._on(where, sample)
-        outputs, sequences = generate_plan(model, inputs, plans, options, where, at, chosen)
+        chosen = runs.choose_engine(engine, where, self._module, plans)
+        model, inputs, call = self._on(where, sample, job)
+        outputs, sequences = runs.generate_plan(model, inputs, plans, options, call, at, chosen)
+        self.traffic = call.traffic if call else self.traffic
         prompt, steps = sample.tokens.ids.shape[1], []
         ends = checking.setting("eos_token_id", options, defaults)
         for step, output in enumerate(outputs):
@@ -315,7 +314,7 @@ class LVLM:
         checking.check_run(sample, self.anatomy)
         self._places.choose(False)
         self._open = OpenTrace(self._places.here, self.anatomy, grad)
-        model, inputs = self._on(False, sample)
+        model, inputs, _ = self._on(False, sample)
         return model.model.trace(**inputs, backend=self._open)
 
     @property
@@ -340,9 +339,11 @@ class LVLM:
         """Anatomy, and whether every probe and edit is exact, approximate or unavailable, and why."""
         return make_report(self)
 
-    def _on(self, where: bool | str, sample: Sample) -> tuple[Any, dict[str, Any]]:
-        """The wrapped model for a run there, and the inputs on its device."""
-        return self._places.model(where, self.name), self._places.placed(sample.inputs)
+    def _on(self, where: Any, sample: Sample, job: str | None = None) -> tuple[Any, Any, Any]:
+        """The wrapped model for a run there, the inputs on its device, and what carries it there, or None."""
+        call = call_to(where, self.wire, job)
+        model = self._places.model("local" if job else where, self.name)  # a job needs no hub
+        return model, self._places.placed(sample.inputs), call
 
     def __iter__(self) -> Iterator[Any]:
         write = "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy"

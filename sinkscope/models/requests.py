@@ -1,5 +1,6 @@
 """What is asked of a run: checked before anything runs, and made a plan of reads and edits by site."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -122,6 +123,29 @@ def check_run(
     edits = check_interventions(interventions)
     check_beside(edits, asked)
     return asked, edits
+
+
+def mark_of(*asked: Any) -> str:
+    """32 hexadecimal digits that differ where another question is asked: inputs, sites, kernels, parameters."""
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(value: Any) -> None:
+        value = list(value.items()) if isinstance(value, Mapping) else value
+        if isinstance(value, (list, tuple)):
+            digest.update(f"{len(value)}(".encode())
+            for one in value:
+                add(one)
+        elif isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + flat.numpy().tobytes())
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            digest.update(f"{value!r},".encode())
+        else:
+            kind = value if hasattr(value, "__qualname__") else type(value)
+            digest.update(f"{kind.__module__}.{kind.__qualname__},".encode())
+
+    add(asked)
+    return digest.hexdigest()
 
 
 def setting(name: str, options: Mapping[str, Any], defaults: Any) -> Any:

@@ -15,8 +15,9 @@ from sinkscope import errors
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice
 from sinkscope.models import hooks
+from sinkscope.models.remote import Call, ServerError
 from sinkscope.models.requests import Plan
-from sinkscope.models.tracing import Model, Where, generate_traced, run_traced
+from sinkscope.models.tracing import Model, generate_traced, run_traced
 from sinkscope.models.wrapping import Inputs, Wrapped
 from sinkscope.protocols import Effect, Intervention, Probe, effect_from
 from sinkscope.results import Result, find, names_of
@@ -34,27 +35,39 @@ def explained(*, moved: bool) -> Iterator[None]:
     ``moved`` tokens, the model itself."""
     try:
         yield
+    except ServerError as error:
+        if ours := translated(error.kind, error.said, error.frames, moved=moved):
+            raise ours from error
+        raise
     except (ValueError, RuntimeError, IndexError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [i for i, one in enumerate(frames) if f"{os.sep}sinkscope{os.sep}" in one.filename]
-        last = frames[ours[-1] + 1 :] if ours else []
-        said, known = str(error).strip(), (errors.SinkscopeError, torch.OutOfMemoryError)
-        inside = bool(ours) and "kernels" in frames[ours[-1]].filename
-        theirs = any("site-packages" not in frame.filename for frame in last)  # a user's own kernel
-        own = type(error) not in (ValueError, RuntimeError, IndexError)
-        if isinstance(error, known) or own or theirs or not (inside or moved):
-            raise
-        if not inside:
-            got = f"The model fails on tokens that an edit has put in ({type(error).__name__}: {said})"
-            wanted = "a tower whose masks and positions follow the number of tokens"
-            raise errors.InterventionError(f"{got}; expected {wanted}.") from error
-        if not str(frames[-1].line).startswith("raise"):
-            got = f"{frames[ours[-1]].name} failed on what this model gives it ({type(error).__name__}: {said})"
-            raise errors.ModelError(
-                f"{got}; expected what its anatomy says. Please report this class."
-            ) from error
-        kind = errors.AttentionCallError if isinstance(error, RuntimeError) else errors.ProbeError
-        raise kind(said) from error
+        known = isinstance(error, (errors.SinkscopeError, torch.OutOfMemoryError))
+        frames = [] if known else traceback.extract_tb(error.__traceback__)
+        if ours := translated(type(error).__name__, str(error).strip(), frames, moved=moved):
+            raise ours from error
+        raise
+
+
+def translated(
+    kind: str, said: str, frames: Sequence[traceback.FrameSummary], *, moved: bool
+) -> errors.SinkscopeError | None:
+    """The error of this library for one raised inside a pass, here or on a server; None if it stays itself."""
+    ours = [i for i, one in enumerate(frames) if f"{os.sep}sinkscope{os.sep}" in one.filename]
+    last = frames[ours[-1] + 1 :] if ours else []
+    inside = bool(ours) and "kernels" in frames[ours[-1]].filename
+    theirs = any("site-packages" not in frame.filename for frame in last)  # a user's own kernel
+    own = kind not in ("ValueError", "RuntimeError", "IndexError")
+    if own or theirs or not frames or not (inside or moved):
+        return None
+    if not inside:
+        got = f"The model fails on tokens that an edit has put in ({kind}: {said})"
+        wanted = "a tower whose masks and positions follow the number of tokens"
+        return errors.InterventionError(f"{got}; expected {wanted}.")
+    if not str(frames[-1].line).startswith("raise"):
+        got = f"{frames[ours[-1]].name} failed on what this model gives it ({kind}: {said})"
+        return errors.ModelError(
+            f"{got}; expected what its anatomy says. Please report this class."
+        )
+    return (errors.AttentionCallError if kind == "RuntimeError" else errors.ProbeError)(said)
 
 
 def generator_of(module: Any) -> str:
@@ -81,7 +94,7 @@ Engine = Literal["hooks", "nnsight"]
 DEFAULT = "hooks"  # the test suite runs with either: pytest --engine nnsight
 
 
-def choose_engine(engine: str | None, where: Where, module: Any, plans: Sequence[Plan]) -> str:
+def choose_engine(engine: str | None, where: bool | str, module: Any, plans: Sequence[Plan]) -> str:
     """What runs some plans: `sinkscope.models.hooks` where the model is here, and nnsight elsewhere."""
     hint = "None is 'hooks' for runs here and 'nnsight' for remote ones."
     check_choice((None, *ENGINES), error=errors.InputError, hint=hint, engine=engine)
@@ -104,20 +117,20 @@ def run_plan(
     inputs: Inputs,
     plan: Plan,
     last: Tensor | None,
-    where: Where,
+    call: Call | None,
     grad: bool,
     engine: str = "nnsight",
 ) -> Output:
     """Run one forward pass.
 
-    ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``where``
-    is False to run here, else nnsight's ``remote``; ``grad`` keeps the graph of the logits.
+    ``last``, int ``[batch]``, is the position of every row whose logits to keep, None for all; ``call``
+    carries it to a server, None to run here; ``grad`` keeps the graph of the logits.
     """
     with explained(moved=moved_by(plan)):
         if engine == "hooks" and isinstance(model, Wrapped):
             answers, logits = hooks.run_here(model, inputs, plan, last, grad)
         else:
-            answers, logits = run_traced(model, inputs, plan, last, where, grad)
+            answers, logits = run_traced(model, inputs, plan, last, call, grad)
     return sited(answers), logits
 
 
@@ -126,7 +139,7 @@ def generate_plan(
     inputs: Inputs,
     plans: Sequence[Plan],
     options: Inputs,
-    where: Where,
+    call: Call | None,
     at: str = "",
     engine: str = "nnsight",
 ) -> tuple[list[Output], Tensor]:
@@ -138,7 +151,7 @@ def generate_plan(
         if engine == "hooks" and isinstance(model, Wrapped):
             steps, sequences = hooks.generate_here(model, inputs, plans, given, at)
         else:
-            steps, sequences = generate_traced(model, inputs, plans, given, where, at)
+            steps, sequences = generate_traced(model, inputs, plans, given, call, at)
     prompt, sequences = inputs["input_ids"].cpu(), sequences.detach().cpu()
     if not torch.equal(sequences[:, : prompt.shape[1]], prompt):
         got = "The model's generate changes the prompt that it is given; expected sequences that begin with it"

@@ -18,12 +18,12 @@ from sinkscope import errors
 from sinkscope.anatomy.towers import Anatomy
 from sinkscope.checks import check_choice
 from sinkscope.kernels.walk import last_logits, locate, read_site, walk
-from sinkscope.models.requests import Plan, step_at
+from sinkscope.models.remote import Call, Job
+from sinkscope.models.requests import Plan, mark_of, step_at
 from sinkscope.models.wrapping import ByName, Inputs, Wrapped
 from sinkscope.sites import Site, Tower
 
 Model = Wrapped | ByName
-Where = bool | str
 TRAVELLING: Counter[str] = Counter()  # how many runs need a module that they have registered
 REGISTERING = threading.Lock()
 
@@ -49,7 +49,7 @@ def travelling(names: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def ready_to_trace(
-    model: Model, *plans: Plan, grad: bool = False, where: Where = False, at: str = ""
+    model: Model, *plans: Plan, grad: bool = False, where: bool = False, at: str = ""
 ) -> Iterator[Any]:
     """Lend nnsight what some plans look at, and the part ``at`` a path; kernels travel to servers with their
     own module only."""
@@ -66,47 +66,70 @@ def ready_to_trace(
 
 
 def run_traced(
-    model: Model, inputs: Inputs, plan: Plan, last: Tensor | None, where: Where, grad: bool
+    model: Model, inputs: Inputs, plan: Plan, last: Tensor | None, call: Call | None, grad: bool
 ) -> tuple[Any, Tensor]:
     """Answers and logits of one forward pass, through nnsight."""
     save, go, pick = nnsight.save, walk, last_logits  # a block that travels takes locals along
+    mark = marked(call, inputs, plan, last)
     answers: Any = None
     logits: Any = None
-    remote: dict[str, Any] = {"remote": where} if where else {}
-    with (
-        ready_to_trace(model, plan, grad=grad, where=where) as traced,
-        traced.trace(**inputs, **remote) as tracer,
-    ):
-        answers = save(go(traced, tracer, plan))
-        logits = save(pick(traced.output.logits, last, grad))
+    if call is None or call.job_id is None:
+        with (
+            ready_to_trace(model, plan, grad=grad, where=call is not None) as traced,
+            traced.trace(**inputs, **carried(call, traced)) as tracer,
+        ):
+            answers = save([mark, go(traced, tracer, plan)])
+            logits = save(pick(traced.output.logits, last, grad))
+    if isinstance(call, Job):
+        answers, logits = call.wait("answers", "logits")
     if logits is None:
         got = "The forward pass ended while a probe still waited for attention windows"
         wanted = "windows that cover the sequence. Please report this model: its anatomy is wrong"
         raise errors.AttentionCallError(f"{got}; expected {wanted}.")
-    return answers, logits
+    return answers[1], logits
 
 
 def generate_traced(
-    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, where: Where, at: str
+    model: Model, inputs: Inputs, plans: Sequence[Plan], options: Inputs, call: Call | None, at: str
 ) -> tuple[list[Any], Tensor]:
     """Answers and logits of all passes, and sequences, through nnsight."""
     save, go, pick, part = nnsight.save, walk, last_logits, locate
     prompt_plan, step_plan = plans
     newest = torch.full((inputs["input_ids"].shape[0],), -1)
-    given = {**options, **({"remote": where} if where else {"fn": "generate"})}
-    with ready_to_trace(model, *plans, where=where, at=at) as traced, warnings.catch_warnings():
-        # The open-ended loop below asks for one step more than the model makes.
-        warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
-        with (traced.generate if where else traced.trace)(**given) as tracer:
-            steps, memory = save([]), {}
-            with tracer.invoke(**inputs):
-                for step in tracer.iter[:]:
-                    plan = step_plan if step else prompt_plan
-                    answers = go(traced, tracer, plan, step, memory)
-                    steps.append((answers, pick(part(traced, at).output.logits, newest)))
-            with tracer.invoke():
-                sequences = save(tracer.result)
-    return steps, sequences
+    mark = marked(call, inputs, plans, options)
+    given = {**options, **({} if call else {"fn": "generate"})}
+    if call is None or call.job_id is None:
+        with (
+            ready_to_trace(model, *plans, where=call is not None, at=at) as traced,
+            warnings.catch_warnings(),
+        ):
+            # The open-ended loop below asks for one step more than the model makes.
+            warnings.filterwarnings("ignore", message=".*was never reached.*", category=UserWarning)
+            start = traced.generate if call else traced.trace
+            with start(**given, **carried(call, traced)) as tracer:
+                steps, memory = save([mark]), {}
+                with tracer.invoke(**inputs):
+                    for step in tracer.iter[:]:
+                        plan = step_plan if step else prompt_plan
+                        answers = go(traced, tracer, plan, step, memory)
+                        steps.append((answers, pick(part(traced, at).output.logits, newest)))
+                with tracer.invoke():
+                    sequences = save(tracer.result)
+    if isinstance(call, Job):
+        steps, sequences = call.wait("steps", "sequences")
+    return steps[1:], sequences  # type: ignore[reportPossiblyUnbound]  # the block's, or the job's
+
+
+def marked(call: Call | None, *asked: Any) -> str:
+    """A mark of what is asked, for a job to bring back; none is needed for a run here."""
+    if isinstance(call, Job):
+        call.mark = mark_of(*asked)
+    return call.mark if call else ""
+
+
+def carried(call: Call | None, traced: Any) -> dict[str, Any]:
+    """What nnsight takes to run a trace elsewhere."""
+    return {"backend": call.of(traced)} if call else {}
 
 
 class OpenTrace:

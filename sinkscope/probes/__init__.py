@@ -3,14 +3,14 @@
 from sinkscope.probes.attention import (
     AttentionMass,
     AttentionPatterns,
-    EvidenceResult,
     MassResult,
     PatternResult,
     ReceivedAttention,
     ReceivedResult,
-    SinkEvidence,
+    ReceivedSummary,
 )
 from sinkscope.probes.entropy import AttentionEntropy, EntropyResult
+from sinkscope.probes.evidence import EvidenceResult, SinkEvidence
 from sinkscope.probes.per_layer import LayerProbe
 from sinkscope.probes.residual import (
     ChannelResult,
@@ -45,6 +45,7 @@ from sinkscope.results import Result
 __all__ = ["LayerProbe", "Probe", "Read", "Result", "SinkEvidence"]
 __all__ += ["AttentionEntropy", "AttentionMass", "AttentionPatterns", "EntropyResult", "MassResult"]
 __all__ += ["EvidenceResult", "PatternResult", "ReceivedAttention", "ReceivedResult"]
+__all__ += ["ReceivedSummary"]
 __all__ += ["ChannelResult", "ChannelValues", "CosineToFirst", "GroupMeans", "GroupMeansResult"]
 __all__ += ["LensResult", "LogitLens", "MassiveActivations", "MassiveResult", "NormResult"]
 __all__ += ["ResidualStates", "ScoreResult", "SinkDimensionScores", "StateResult", "TokenNorms"]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
@@ -17,11 +15,10 @@ from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice
 from sinkscope.errors import ProbeError
 from sinkscope.kernels import attention as kernels
+from sinkscope.kernels.closing import by_key
 from sinkscope.kernels.received import received
 from sinkscope.probes.per_layer import AttentionProbe
-from sinkscope.probes.residual import MassiveActivations, MassiveResult
-from sinkscope.protocols import Read
-from sinkscope.results import Record, Result, in_layers, over_layers, stack_layers, tidy
+from sinkscope.results import Result, in_layers, stack_layers
 from sinkscope.sites import Site, Tower
 from sinkscope.tokens import Selection
 from sinkscope.viz import plot_heads
@@ -152,6 +149,71 @@ class ReceivedResult(Result, columns={"received": "received", "null": "null"}):
             )
         return self.others, self.others_null[:, :, None]
 
+    def by_key(self) -> ReceivedSummary:
+        """The same reduced over heads; raises as `excess` does."""
+        others, null = self._of_others()
+        told: Any = by_key(self.received, others, null[:, :, 0])
+        shared = ("null", "others_null", "layers", "sink", "sink_mass", "routed")
+        return ReceivedSummary(**told, **{name: getattr(self, name) for name in shared})
+
+    def of_key(self, row: int, pos: int) -> Float[Tensor, "layer head"]:
+        """What one key receives from every head."""
+        return self.received[row, :, :, pos]
+
+
+@dataclass(frozen=True, eq=False)
+class ReceivedSummary(Result, columns={"drawn": "drawn", "null": "null"}):
+    """What every key receives, reduced over heads where the model is; fields as in `ReceivedResult`.
+
+    Attributes:
+        drawn: What other tokens give in the ``head`` that gives most beyond uniform attention.
+        mean: Mean over heads of what the key receives; ``most``: of the head that gives most,
+            ``most_head``. None in the vision tower, where no record needs them.
+        times: Mean over heads of what others give in multiples of uniform attention, in the layer where
+            that is largest.
+        kept: The keys with the largest ``drawn``, which have what they receive ``by_head``.
+    """
+
+    drawn: Float[Tensor, "batch layer key"]
+    head: Int[Tensor, "batch layer key"]
+    null: Float[Tensor, "batch layer key"] | None
+    others_null: Float[Tensor, "batch layer key"]
+    layers: tuple[int, ...]
+    mean: Float[Tensor, "batch layer key"] | None = None
+    most: Float[Tensor, "batch layer key"] | None = None
+    most_head: Int[Tensor, "batch layer key"] | None = None
+    times: Float[Tensor, "batch key"] | None = None
+    sink: Int[Tensor, "batch layer head"] | None = None
+    sink_mass: Float[Tensor, "batch layer head"] | None = None
+    routed: Float[Tensor, "batch layer head"] | None = None
+    kept: Int[Tensor, "batch kept"] | None = None
+    by_head: Float[Tensor, "batch layer head kept"] | None = None
+
+    at, event = ReceivedResult.at, ReceivedResult.event
+
+    def by_key(self) -> ReceivedSummary:
+        """Itself."""
+        return self
+
+    def of_key(self, row: int, pos: int) -> Float[Tensor, "layer head"]:
+        """What one of the keys ``kept`` receives from every head; ProbeError for others."""
+        kept = [] if self.kept is None else self.kept[row].tolist()
+        if self.by_head is None or pos not in kept:
+            raise self._absent(f"what the key at {pos} receives by head")
+        return self.by_head[row, ..., kept.index(pos)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("received", "others", "excess", "times_null", "sink_rate"):
+            raise self._absent(f"{name!r}, of every key by head")
+        raise AttributeError(name)
+
+    def _absent(self, what: str) -> ProbeError:
+        some = [] if self.kept is None else self.kept.tolist()
+        return ProbeError(
+            f"Got a trace with detail='sinks', which has not {what}, only numbers over heads and the keys "
+            f"{some} by head; expected all of it. Write ss.trace_sinks(lvlm, sample, detail='full')."
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class ReceivedAttention(
@@ -225,126 +287,3 @@ class AttentionPatterns(
         self._refuse_flash(context)
         rows = context.packed_rows(self.tower, context.flat(self.tower, self.rows))
         return {"rows": torch.zeros(len(rows), 1, dtype=torch.long) if context.step else rows}
-
-
-@dataclass(frozen=True, eq=False)
-class EvidenceResult(Result):
-    """Spikes and attention of every token, in the LLM in ``layers``.
-
-    In the vision tower ``received`` has all blocks. ``first`` are the largest channels in the LLM's
-    embeddings, ``[batch 1 pos k]``, None in the vision tower; ``judged`` the tokens that are compared with
-    one another: live tokens of the LLM, patches of the vision tower.
-    """
-
-    massive: MassiveResult
-    received: ReceivedResult
-    first: MassiveResult | None
-    judged: Bool[Tensor, "batch pos"]
-    layers: tuple[int, ...]
-
-    def medians(self) -> Float[Tensor, "batch layer pos"]:
-        """Every token's largest ``|h|`` over the layer's median; NaN at padding."""
-        return self.massive.ratio()
-
-    def upper_quartile(self) -> Float[Tensor, "batch layer"]:
-        """The value of `medians` that a quarter of the judged tokens reaches, NaN where none is judged."""
-        return self._quartile.clone()
-
-    @cached_property
-    def _quartile(self) -> Tensor:
-        # Of n numbers that with the index ceil(0.75 (n - 1)) = 3n // 4; NaN counts as larger than all.
-        ratios = self.medians().masked_fill(~self.judged[:, None], float("nan"))
-        count, out = (~ratios.isnan()).sum(dim=-1), torch.full_like(ratios[..., 0], float("nan"))
-        for n in set(count.unique().tolist()) - {0}:
-            out[count == n] = ratios[count == n].kthvalue(3 * n // 4 + 1, dim=-1).values
-        return out
-
-    def prominence(self) -> Float[Tensor, "batch layer pos"]:
-        """Every token's largest ``|h|`` over the layer's upper quartile of it: about 1 without spikes."""
-        return self.medians() / self.upper_quartile()[..., None]
-
-    def drawn(self) -> Float[Tensor, "batch layer pos"]:
-        """The most that some head of the layer gives a token beyond uniform attention, in [-1, 1]: from other
-        tokens only, NaN where fewer than 8 of them see it."""
-        return self._drawn.clone()
-
-    @cached_property
-    def _drawn(self) -> Tensor:
-        others, null = self.received._of_others()
-        most = others.amax(dim=2)  # what is largest stays so when the null is taken away
-        heads = others.movedim(2, -1)[odd := most.isnan()]  # NaN in some head or in all
-        known = heads.nan_to_num(nan=-1.0).amax(dim=-1)
-        most[odd] = known.masked_fill(heads.isnan().all(dim=-1), float("nan"))
-        return most - null[:, :, 0]
-
-    def growth(self) -> Float[Tensor, "batch layer pos"]:
-        """By how much a token's largest channel grew since the embeddings, in medians of its layer; at least,
-        where the channel was not among the 16 largest there. Infinite in the vision tower."""
-        now = self.medians()
-        if self.first is None:
-            return torch.full_like(now, float("inf")).masked_fill(now.isnan(), float("nan"))
-        before = self.first.values.abs() / self.first.median[..., None, None]
-        same = self.first.channels == self.massive.channels[..., :1]
-        there = torch.where(same, before, torch.zeros_like(before)).amax(dim=-1)
-        return now / torch.where(same.any(dim=-1), there, before[..., -1].expand_as(there))
-
-    def at(self, layers: Sequence[int]) -> EvidenceResult:
-        """The same with the states of some layers only; a vision tower's attention stays whole."""
-        massive = in_layers(self.massive, layers)
-        received = self.received if self.first is None else self.received.at(layers)
-        return replace(self, massive=massive, received=received, layers=tuple(layers))
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Columns batch, layer, pos, medians, prominence: one line per token and layer."""
-        columns = {"medians": self.medians(), "prominence": self.prominence()}
-        names = {"layer": self.layers, "pos": self.massive.positions}
-        return tidy(columns, ("batch", "layer", "pos"), names)
-
-
-@dataclass(frozen=True, eq=False)
-class SinkEvidence(Record):
-    """What tells a sink: how large its state is, and how much attention other tokens give it.
-
-    Spikes are read at ``resid_pre`` in the LLM (what a block's attention reads) and at ``resid_post`` in the
-    vision tower (what the projector may read). Attention is NaN in layers that have none.
-    """
-
-    needs: ClassVar[str] = "gradients"
-    layers: Any = None
-    tower: Tower = "language"
-
-    def _parts(self, context: Context) -> tuple[MassiveActivations, ReceivedAttention]:
-        layers, tower = context.layers(self.tower, self.layers), context.tower(self.tower)
-        k, vision = min(16, tower.d_model), self.tower == "vision"  # k finds a spike in the first
-        read = layers if vision else sorted({0, *layers})
-        some = [i for i in tower.attending if vision or i in layers]  # those that attend
-        massive = MassiveActivations(read, self.tower, k, STATE_SITE[self.tower])
-        return massive, ReceivedAttention(some, None, self.tower, others=True, events=not vision)
-
-    def reads(self, context: Context) -> list[Read]:
-        """States and attention of every layer."""
-        return [r for part in self._parts(context) if part.layers for r in part.reads(context)]
-
-    def finish(self, answers: Mapping[Site, Any], context: Context) -> EvidenceResult:
-        """Both results, and the embeddings' channels apart."""
-        massive, received = self._parts(context)
-        attention = {site: answers[site] for site in answers if site.name == "attention"}
-        layers, states = context.layers(self.tower, self.layers), massive.finish(answers, context)
-        drawn = received.finish(attention, context) if received.layers else None
-        drawn = _unread(self.tower, context) if drawn is None else drawn
-        every = context.layers("vision", None) if self.tower == "vision" else layers
-        drawn = over_layers(drawn, every)
-        first, judged = in_layers(states, states.layers[:1]), context.live(self.tower)
-        if self.tower == "vision":
-            first, judged = None, context.tokens.vision.select("patch")
-        return EvidenceResult(in_layers(states, layers), drawn, first, judged, layers)
-
-
-def _unread(tower: Tower, context: Context) -> ReceivedResult:
-    """What is received where no layer attends: a result without a layer."""
-    rows, keys = context.live_keys(tower).shape
-    heads = max(1, context.tower(tower).heads)
-    by_head, by_key = torch.zeros(rows, 0, heads, keys), torch.zeros(rows, 0, keys)
-    event = torch.zeros(rows, 0, heads) if tower == "language" and not context.step else None
-    sink = None if event is None else event.long()
-    return ReceivedResult(by_head, by_key, (), by_head, by_key, sink, event, event)

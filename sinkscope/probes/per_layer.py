@@ -12,6 +12,7 @@ from sinkscope.errors import ProbeError
 from sinkscope.protocols import Read
 from sinkscope.results import Record, axes_of, mask_padding, stack_layers
 from sinkscope.sites import STATE_SITES, Site, Tower
+from sinkscope.tokens import Selection
 
 
 class ByLayer(tuple[Tensor, ...]):
@@ -118,6 +119,29 @@ class LayerProbe(Record):
         values = stack_layers(answers, part)
         gone = ~kept.any(dim=1).reshape(-1, *[1] * (values.ndim - 1))
         return values.masked_fill(gone, float("nan")) if values.is_floating_point() else values
+
+
+def chosen_of(context: Context, tower: Tower, tokens: Selection) -> Tensor | None:
+    """The chosen tokens of a prompt, int ``[row chosen]``, -1 for none; None for all, and at decode steps."""
+    mask = context.flat(tower, tokens)
+    return None if context.step or bool(mask.all()) else indices_of(mask)
+
+
+def spread(
+    answers: Mapping[Site, Any], chosen: Tensor | None, like: Tensor, dim: int
+) -> dict[Site, Any]:
+    """Answers of chosen tokens in their places along ``dim``, among as many as in ``like`` ``[row pos]``, NaN
+    elsewhere."""
+    if chosen is None:
+        return dict(answers)
+    row, at = (chosen >= 0).nonzero(as_tuple=True)
+    out = {}
+    for site, answer in answers.items():
+        own = answer.movedim(dim, 1)
+        whole = own.new_full((len(own), like.shape[1], *own.shape[2:]), float("nan"))
+        whole[row, chosen[row, at]] = own[row, at]
+        out[site] = whole.movedim(1, dim)
+    return out
 
 
 class AttentionProbe(LayerProbe, needs="attention"):

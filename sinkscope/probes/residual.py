@@ -12,7 +12,7 @@ from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice, check_whole, is_whole
 from sinkscope.errors import ModelError, ProbeError
 from sinkscope.kernels import residual as kernels
-from sinkscope.probes.per_layer import ByLayer, LayerProbe
+from sinkscope.probes.per_layer import ByLayer, LayerProbe, chosen_of, spread
 from sinkscope.results import Result
 from sinkscope.sites import STATE_SITES, Site, Tower
 from sinkscope.tokens import Selection
@@ -180,8 +180,12 @@ class ResidualStates(LayerProbe, kernel=kernels.keep, result=StateResult):
     site: str = "resid_post"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        context.flat(self.tower, self.tokens)
-        return {}
+        return {"chosen": chosen_of(context, self.tower, self.tokens)}
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
+        """Stack the layers; NaN at all other tokens."""
+        chosen = chosen_of(context, self.tower, self.tokens)
+        return super().finish(spread(answers, chosen, context.live(self.tower), 1), context)
 
     def _kept(self, context: Context) -> Tensor:
         live = context.live(self.tower)

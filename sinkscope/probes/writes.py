@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sinkscope.anatomy.context import Context
 from sinkscope.kernels import attention, writes
-from sinkscope.probes.per_layer import AttentionProbe
+from sinkscope.kernels.writes import over_others
+from sinkscope.probes.per_layer import AttentionProbe, chosen_of, spread
 from sinkscope.probes.residual import ScoreResult
 from sinkscope.protocols import Read
 from sinkscope.results import Record, Result, stack_layers
@@ -33,14 +34,6 @@ class WritingProbe(AttentionProbe):
             reads.append(Read(read.site, self.kernel, asked))
             reads.append(Read(Site(name, "attn_out", layer), writes.arrives, whole))
         return reads
-
-
-def over_others(norms: Tensor) -> Tensor:
-    """Every key's norm over the mean norm of the other live keys."""
-    live = ~norms.isnan()
-    total = norms.nansum(dim=-1, keepdim=True)
-    others = (live.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
-    return norms / ((total - norms) / others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +117,12 @@ class AttentionValues(
     tower: Tower = "language"
 
     def _parameters(self, context: Context) -> dict[str, Any]:
-        context.flat(self.tower, self.tokens)
-        return {}
+        return {"chosen": chosen_of(context, self.tower, self.tokens)}
+
+    def finish(self, answers: Mapping[Site, Any], context: Context) -> Any:
+        """Stack the layers; NaN at all other tokens."""
+        chosen = chosen_of(context, self.tower, self.tokens)
+        return super().finish(spread(answers, chosen, context.live_keys(self.tower), 2), context)
 
     def _kept(self, context: Context) -> Tensor:
         kept, chosen = super()._kept(context).clone(), context.flat(self.tower, self.tokens)

@@ -176,7 +176,14 @@ def stack_layers(
         raise LayerError(
             f"{got}. Write layers={[*shapes.values()][:1]}, and ask the other kinds apart."
         )
-    return torch.stack(values, dim=1)
+    return wide(torch.stack(values, dim=1))
+
+
+def wide(values: Tensor) -> Tensor:
+    """Whole numbers as int64 and floats as fp32: kernels send them in the smallest type that holds them."""
+    if values.is_floating_point():
+        return values.float()
+    return values if values.dtype == torch.bool else values.long()
 
 
 def mask_padding(values: Tensor, live: Tensor, dim: int) -> Tensor:

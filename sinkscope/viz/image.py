@@ -97,10 +97,16 @@ def plot_received_map(
     layers = theme.layers_of(trace, layer)
     ax = theme.new_axes(ax, (5.4, 4.6))
     draw_picture(ax, trace, row, image, grey=True)
-    got = trace.language.received
-    received = (got.times_null() if unit == "null" else got.received)[row, layers].nan_to_num()
-    by_layer = received.mean(dim=1) if heads == "mean" else received.amax(dim=1)
-    grid, extent = _token_grid(trace, row, image, by_layer.amax(dim=0))
+    got = trace.language.by_key
+    by_layer = {"mean": got.mean, "max": got.most}[heads]
+    if unit == "null" and heads == "max":  # what is largest stays so in multiples of the null
+        by_layer = got.drawn / got.others_null
+    elif unit == "null" and layer is not None:
+        by_layer = trace.language.received.times_null().nan_to_num().mean(dim=2)
+    most = by_layer[row, layers].nan_to_num().amax(dim=0)
+    if unit == "null" and heads == "mean" and layer is None:
+        most = got.times[row]
+    grid, extent = _token_grid(trace, row, image, most)
     low, high = (float(edge(grid[~grid.isnan()])) for edge in (torch.min, torch.max))
     norm, meaning = Normalize(0.0, max(high, 1e-6)), "share of a query's attention"
     if unit == "null":  # near-uniform attention must look uniform

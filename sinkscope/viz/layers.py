@@ -31,9 +31,9 @@ def plot_received_by_layer(
     """
     check_choice(("mean", "max"), error=SelectionError, heads=heads)
     theme.images_of(trace, row)
-    got = trace.language.received
-    received, flat = got.received[row].nan_to_num(), got.null[row].nan_to_num()
-    joined = received.mean(dim=1) if heads == "mean" else received.amax(dim=1)
+    got = trace.language.by_key
+    joined = (got.mean if heads == "mean" else got.most)[row].nan_to_num()
+    flat = got.null[row].nan_to_num()
     curves = {
         name: tuple((values * mask[row]).sum(-1) / mask[row].sum(-1) for values in (joined, flat))
         for name, mask in trace.groups.items()

@@ -66,10 +66,11 @@ def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None 
     ``ReceivedAttention()``.
     """
     theme.check_has(
-        result, "result", "received", "lvlm.run(sample, [probe])[probe] of a ReceivedAttention"
+        result, "result", "of_key", "lvlm.run(sample, [probe])[probe] of a ReceivedAttention"
     )
-    theme.check_place(len(result.received), row=row)
-    live = (~result.received[row].isnan().all(dim=0).all(dim=0)).nonzero().flatten().tolist()
+    some = result.mean if hasattr(result, "by_head") else result.received.mean(dim=2)
+    theme.check_place(len(some), row=row)
+    live = (~some[row].isnan().all(dim=0)).nonzero().flatten().tolist()
     if not is_whole(pos) or pos not in live:
         raise SelectionError(
             f"Got position {pos} of row {row}; expected {live[0]} to {live[-1]}: the tokens of that "
@@ -77,9 +78,9 @@ def plot_received_heads(result: Any, pos: int, row: int = 0, *, ax: Axes | None 
         )
     null = None if result.null is None else result.null[row, :, pos]
     title = f"Attention on the token at {pos}"
-    title += f", row {row}" if len(result.received) > 1 else ""
+    title += f", row {row}" if len(some) > 1 else ""
     over = "mean over the queries that see it"
-    return _draw_heads(ax, result.received[row, :, :, pos], null, result.layers, title, over)
+    return _draw_heads(ax, result.of_key(row, pos), null, result.layers, title, over)
 
 
 def heads_of(

@@ -52,13 +52,12 @@ def pictures_of(
 
 def _row(trace: Trace, mass: Any, decoys: Mapping[str, Tensor] | None, row: int) -> Iterator[Any]:
     """Kind, numbers and drawing of the figures of one row."""
-    images, got = images_of(trace, row), trace.language.received
-    times = got.times_null()[row].nan_to_num().mean(dim=1)
+    images, got = images_of(trace, row), trace.language.by_key
     for image in range(len(images)):
         found = {k: [r for r in of_kind(trace, k, row) if r.image == image] for k in ("V", "L")}
         draw = partial(plot_sinks_on_image, trace, row, image, decoys=decoys)
         yield "sinks_image", {"image": image, "found": found}, draw
-        own = times[:, trace.sample.tokens.image[row] == image].amax(dim=0)
+        own = got.times[row, trace.sample.tokens.image[row] == image]
         said = {"image": image, "low": float(own.min()), "high": float(own.max())}
         yield "received_image", said, partial(plot_received_map, trace, row, image)
     draw = partial(layers.plot_received_by_layer, trace, row)
@@ -67,9 +66,11 @@ def _row(trace: Trace, mass: Any, decoys: Mapping[str, Tensor] | None, row: int)
         values, null = maps.heads_of(mass, "text sinks", row)
         what, draw = "the text sinks", partial(maps.plot_heads, mass, "text sinks", row)
     else:
-        pos = most_attended(trace, row)
-        values, null = got.received[row, :, :, pos], got.null[row, :, pos]
-        what, draw = f"the token at {pos}", partial(maps.plot_received_heads, got, pos, row)
+        pos, whole = most_attended(trace, row), trace.language.received
+        if pos not in (kept := [pos] if got.kept is None else got.kept[row].tolist()):
+            pos = kept[0]  # of the others not every head is known
+        values, null = whole.of_key(row, pos), got.null[row, :, pos]
+        what, draw = f"the token at {pos}", partial(maps.plot_received_heads, whole, pos, row)
     layer, head, top = maps.top_of(values)
     flat = None if null is None else share(float(null[layer]))
     said = {"layer": got.layers[layer], "head": head, "what": what}

@@ -60,8 +60,8 @@ def chips_of(trace: Trace, row: int = 0, layer: int | None = None) -> list[Chip]
     """The prompt of a row without padding; the largest share over all layers, or of one layer."""
     layers = theme.layers_of(trace, layer)
     kinds = {record.pos: record.kind for record in shown_records(trace, row, layer)}
-    tokens, attention = trace.sample.tokens, trace.language.received
-    received, null = attention.received[row, layers], attention.null[row, layers]
+    tokens, got = trace.sample.tokens, trace.language.by_key
+    most, heads, null = (x[row, layers] for x in (got.most, got.most_head, got.null))
     seen = tokens.live[row].flip(0).cumsum(0).flip(0)  # a token is seen by itself and what follows
     out = []
 
@@ -71,18 +71,18 @@ def chips_of(trace: Trace, row: int = 0, layer: int | None = None) -> list[Chip]
 
     for name, group in groupby(tokens.live[row].nonzero().flatten().tolist(), chip_of):
         places = list(group)
-        part = received[:, :, places].nan_to_num()
-        index, head, key = (int(i) for i in torch.unravel_index(part.argmax(), part.shape))
+        part = most[:, places].nan_to_num()
+        index, key = (int(i) for i in torch.unravel_index(part.argmax(), part.shape))
         held = [kinds[pos] for pos in places if pos in kinds]
-        most, (word, own) = float(part[index, head, key]), name
+        share, (word, own) = float(part[index, key]), name
         out.append(
             Chip(
-                word if own >= 0 else f"{word}: {len(places)} tokens, max {short(most, 2)}",
+                word if own >= 0 else f"{word}: {len(places)} tokens, max {short(share, 2)}",
                 first=places[0],
                 last=places[-1],
-                share=most if int(seen[places[0]]) >= SEEN else None,
+                share=share if int(seen[places[0]]) >= SEEN else None,
                 null=float(null[index, places[key]]),
-                at=(places[key], layers[index], head),
+                at=(places[key], layers[index], int(heads[index, places[key]])),
                 sinks={kind: held.count(kind) for kind in MARKS if kind in held},
             )
         )

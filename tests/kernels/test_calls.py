@@ -93,7 +93,9 @@ def test_windows_of_a_packed_tower(dtype):
     assert none.isnan().all()
 
     values = torch.cat([call[1][3] for call in calls], dim=2).double()
-    close(attention.values(calls, {}, LAYOUT), as_images(values, 2))
+    got = attention.values(calls, {}, LAYOUT)
+    assert got.dtype == dtype  # as they are
+    close(got.float(), as_images(values, 2))
     close(attention.value_norms(calls, {}, LAYOUT), as_images(values.norm(dim=-1), 2))
 
 

@@ -39,12 +39,16 @@ class Loopback:
             return json.load(reply)
 
     def tell(self, *faults):
-        """Faults for requests to come, see ``Fault`` in `server.py`, and forget all before."""
+        """Faults for calls to come, see ``Fault`` in `server.py`; forget all before, and count anew."""
         self.ask("tell", list(faults))
+
+    def mend(self):
+        """No more faults; the counts go on."""
+        self.ask("tell", False)
 
     @property
     def seen(self):
-        """``requests`` as they came, how many jobs ``ran``, and calls ``asked`` by place."""
+        """``requests`` as they came, how many jobs ``ran``, calls ``asked`` by place, sizes of ``results``."""
         return self.ask("seen")
 
 

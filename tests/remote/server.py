@@ -3,7 +3,7 @@
 Run as a process of its own, it prints its port. It speaks nnsight's own wire format: POST /request,
 the websocket /subscribe, GET /response/ID, and GET /result/ID for a result. What a request imports is
 held to what NDIF allows (`ndif.py`), at unpickling and while it runs. For the tests there are
-POST /tell, a fault for requests to come (see `Fault`), GET /seen, and POST /import, which imports.
+POST /tell, faults for calls to come (see `Fault`; false ends them), GET /seen, and POST /import.
 """
 
 import base64
@@ -245,8 +245,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         given = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/tell":
-            DESK.told = [Fault(one) for one in json.loads(given)]
-            DESK.asked, DESK.ran, DESK.requests = {}, 0, []
+            told = json.loads(given)
+            DESK.told = [Fault(one) for one in told or ()]
+            if told is not False:
+                DESK.asked, DESK.ran, DESK.requests = {}, 0, []
             return self.reply({})
         if self.path == "/import":
             try:
@@ -290,7 +292,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         _, what, *rest = self.path.split("/")
         if what == "seen":
-            return self.reply({"requests": DESK.requests, "ran": DESK.ran, "asked": DESK.asked})
+            sizes = {job: len(made) for job, made in DESK.results.items()}
+            seen = {"requests": DESK.requests, "ran": DESK.ran, "asked": DESK.asked}
+            return self.reply(seen | {"results": sizes})
         if what == "subscribe":
             return self.subscribe()
         fault = DESK.fault(what)

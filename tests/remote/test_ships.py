@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from nnsight.intervention.backends.remote import RemoteError
 
 import sinkscope as ss
-from sinkscope.errors import CheckpointError
+from sinkscope.errors import CheckpointError, RemoteError
 from sinkscope.probes import Read
 from sinkscope.testing import TINY, random_image, write_checkpoint
 from tests.probes.everything import EIGENVALUES, assert_same, every_probe, exported
