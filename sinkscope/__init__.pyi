@@ -11,6 +11,7 @@ from . import (
     models,
     probes,
     published,
+    scale,
     testing,
     viz,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "probes",
     "published",
     "register_family",
+    "scale",
     "sweep",
     "testing",
     "trace_generation",

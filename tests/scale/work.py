@@ -1,0 +1,44 @@
+"""Work for workers, in a module that they can import; what it does stands in the part."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sinkscope.errors import InputError
+
+
+def do(lvlm: Any, part: dict[str, Any]) -> Any:
+    """Tell which process has which model; or fail, or be killed once, as the part says."""
+    time.sleep(part.get("sleep", 0.0))
+    if "flag" in part and not (flag := Path(part["flag"])).exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if part.get("die"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if part.get("raise") == "input":
+        raise InputError("Got seven; expected eight. Write 8.")
+    if part.get("raise"):
+        raise ZeroDivisionError("a fault of the work")
+    return part["n"] ** 2, os.getpid(), lvlm.name, lvlm.module.training
+
+
+class Halved:
+    """A condition that holds inside a ``with`` block: half of the model's last weights."""
+
+    @contextmanager
+    def apply(self, lvlm: Any) -> Iterator[None]:
+        weight = lvlm.module.get_output_embeddings().weight
+        before = weight.data
+        weight.data = before * torch.linspace(0.5, 1.5, len(before))[:, None]
+        try:
+            yield
+        finally:
+            weight.data = before
