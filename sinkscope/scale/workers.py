@@ -27,6 +27,7 @@ import torch
 from ray import cloudpickle as pickling
 from ray.data import DataContext
 from ray.exceptions import RayError, RayTaskError
+from transformers import PreTrainedModel
 
 from sinkscope.errors import InputError, SinkscopeError, WorkerError
 from sinkscope.models.loading import identity_of
@@ -231,8 +232,12 @@ def packed_model(lvlm: LVLM) -> bytes:
 
 def unpacked_model(stored: bytes, verify: bool | None) -> LVLM:
     """The model of `packed_model`, on the CPU."""
-    read = io.BytesIO(stored)
-    return LVLM(*torch.load(read, map_location="cpu", weights_only=False), verify=verify)
+    module, processor = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=False)
+    whole = next((one for one in module.modules() if isinstance(one, PreTrainedModel)), None)
+    if whole is not None:  # transformers notes which states a class gives when one of it is built
+        with torch.device("meta"):
+            type(whole)(whole.config)
+    return LVLM(module, processor, verify=verify)
 
 
 def known_of(lvlm: LVLM) -> dict[str, Any]:

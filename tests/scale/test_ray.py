@@ -69,13 +69,15 @@ def test_parts_come_once_are_read_late_and_outlive_a_worker(own, built, tmp_path
         for n in range(20):
             read.append(n)
             yield f"part {n}", {"n": n} | ({"flag": str(tmp_path / "killed")} if n == 3 else {})
-        yield "the last", {"raise": "input", "sleep": 1.0}
+        yield "the last", {"raise": "input", "wait": str(tmp_path / "rest")}
 
     def take():
         for key, made in each_part(built, do, parts(), TWO):
             assert key not in found
             found[key] = made
             ahead.append(len(read) - len(found))
+            if len(found) == 20:
+                (tmp_path / "rest").touch()
 
     with pytest.raises(
         InputError, match=r"^Got seven; .* Write 8\. \(On a worker, in .*last'\.\)$"

@@ -17,7 +17,8 @@ from sinkscope.errors import InputError
 
 def do(lvlm: Any, part: dict[str, Any]) -> Any:
     """Tell which process has which model; or fail, or be killed once, as the part says."""
-    time.sleep(part.get("sleep", 0.0))
+    while "wait" in part and not Path(part["wait"]).exists():
+        time.sleep(0.05)
     if "flag" in part and not (flag := Path(part["flag"])).exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
