@@ -95,7 +95,7 @@ def once(
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-write", action="store_true")
@@ -122,7 +122,7 @@ def main() -> None:
     base = {row["job"]: row["parts_per_second"] for row in rows if row["engine"] == "local"}
     versions = ", ".join(f"{x} {version_of(x)}" for x in ("sinkscope", "torch", "ray"))
     head = (
-        f"{datetime.date.today()}; {machine_name()}, {os.cpu_count()} cores, load {load:.2f} at the start; "
+        f"{datetime.date.today()}; {machine_name(torch.device('cpu'))}, {os.cpu_count()} cores, load {load:.2f} at the start; "
         f"{versions}. Bundled model, one thread per process; medians of {asked.rounds} rounds, {asked.images} "
         "parts each. A part is one image with 2 questions (sweep) or 8 images (trace_dataset)."
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sinkscope as ss
+from sinkscope.cli.experiments import with_engine
 from sinkscope.errors import InputError, WorkerError
 from sinkscope.scale.engine import Prepared, Ray, each_part
 from sinkscope.testing import random_image
@@ -17,6 +18,9 @@ from tests.scale.ray_here import need_ray
 from tests.scale.work import do
 
 need_ray()
+
+import pyarrow as pa  # noqa: E402
+from ray.exceptions import ActorUnavailableError, RayTaskError  # noqa: E402
 
 from sinkscope.scale import workers  # noqa: E402
 
@@ -132,3 +136,50 @@ def test_workers_are_as_many_as_fit(nodes, given, found, monkeypatch):
     assert (many, size["num_cpus"], size["num_gpus"]) == found
     with pytest.raises(WorkerError, match="expected a machine with 100 cores"):
         workers.sizes_of(None, 0, 100)
+
+
+def test_errors_of_ray_are_told_as_what_they_are():
+    def fails(error):
+        yield pa.table({"number": [0], "made": [b"x"]})
+        raise error
+
+    fault = RayTaskError("do", "a long traceback", ZeroDivisionError("a fault of the work"))
+    for error, kind, match in (
+        (fault, ZeroDivisionError, "^a fault of the work$"),
+        (
+            ActorUnavailableError("gone", None),
+            WorkerError,
+            r"Ray stopped \(ActorUnavailableError: .*gone",
+        ),
+    ):
+        rows = workers.rows_of(fails(error))
+        assert next(rows) == (0, b"x")
+        with pytest.raises(kind, match=match):
+            next(rows)
+    assert next(workers.rows_of(fails(fault))) == (0, b"x")
+
+
+def test_a_cluster_that_is_not_there_is_named():
+    with (
+        pytest.raises(WorkerError, match=r"no Ray at 'nowhere.*ray start --head"),
+        workers.running("nowhere"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "found"),
+    [
+        ({}, None, "local"),
+        ({"engine": "ray"}, None, "ray"),
+        ({"engine": "ray"}, 2, Ray(workers=2)),
+        ({"engine": {"gpus": 0.5}}, 2, Ray(workers=2, gpus=0.5)),
+    ],
+)
+def test_an_engine_on_the_command_line(given, count, found):
+    assert with_engine({"batch": 3, **given}, count) == {"batch": 3, "engine": found}
+
+
+def test_workers_of_no_engine_are_refused():
+    with pytest.raises(InputError, match=r"--workers 2.*Write --engine ray"):
+        with_engine({}, 2)

@@ -24,10 +24,8 @@ def do(lvlm: Any, part: dict[str, Any]) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
     if part.get("die"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if part.get("raise") == "input":
-        raise InputError("Got seven; expected eight. Write 8.")
     if part.get("raise"):
-        raise ZeroDivisionError("a fault of the work")
+        raise InputError("Got seven; expected eight. Write 8.")
     return part["n"] ** 2, os.getpid(), lvlm.name, lvlm.module.training
 
 
