@@ -27,6 +27,7 @@ from .experiments import (
     linear_probes,
     lsg_grid,
     sweep,
+    trace_dataset,
     trace_generation,
     trace_sinks,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "register_family",
     "sweep",
     "testing",
+    "trace_dataset",
     "trace_generation",
     "trace_sinks",
     "train_lsg",
