@@ -155,9 +155,8 @@ def _portable(image: Any) -> Any:
     """A picture that can be read again and elsewhere: an absolute path, or the bytes of an open file."""
     if isinstance(image, (str, os.PathLike)) and not str(image).startswith(ADDRESSES):
         return os.path.abspath(os.path.expanduser(image))
-    if hasattr(image, "read") and not isinstance(image, Image.Image):
-        return image.read()
-    return image
+    read = None if isinstance(image, Image.Image) else getattr(image, "read", None)
+    return image if read is None else read()
 
 
 def _sealed(one: Shown) -> Shown:

@@ -18,7 +18,7 @@ from sinkscope.detectors.gap import DRAWS
 from sinkscope.errors import DetectorError, InputError
 from sinkscope.experiments.controls import RandomControl
 from sinkscope.experiments.dataset_files import IMAGES, MANIFEST, Parts
-from sinkscope.experiments.dataset_part import Plan, others_of, trace_part
+from sinkscope.experiments.dataset_part import TOWERS, Plan, others_of, trace_part
 from sinkscope.experiments.dataset_result import DatasetTrace
 from sinkscope.experiments.sweeping import digest_function
 from sinkscope.files import claim, digest_of, held, version_of
@@ -164,8 +164,9 @@ def _check(plan: Plan, part: int, question: str) -> None:
 
 def _manifest(lvlm: LVLM, plan: Plan, part: int, question: str) -> dict[str, Any]:
     """What is run, JSON-ready: two runs with the same are one."""
-    names: Any = zip("vl", ("vision", "language"), (plan.v_detector, plan.l_detector), strict=True)
-    rules, known = {}, published(lvlm)
+    names: Any = zip("vl", TOWERS, (plan.v_detector, plan.l_detector), strict=True)
+    rules: dict[str, str] = {}
+    known: Any = published(lvlm)
     for name, tower, given in names:
         own = getattr(plan.calibration, f"{name}_detector", "the gap rule on each image by itself")
         own = own if known[tower] is None else f"{known[tower][1]}: {known[tower][0]!r}"
@@ -175,7 +176,7 @@ def _manifest(lvlm: LVLM, plan: Plan, part: int, question: str) -> dict[str, Any
         made = control.intervention
         what = repr(made) if is_dataclass(made) else digest_function(made)
         control = {"edit": what, "match": control.match, "n": control.n, "seed": control.seed}
-    compared = {tower: ["used", *others_of(lvlm, tower)] for tower in ("vision", "language")}
+    compared = {tower: ["used", *others_of(lvlm, tower)] for tower in TOWERS}
     options = {name: getattr(plan, name) for name in ("merge", "draws", "batch", "masses")}
     return {
         "format": 1,

@@ -25,6 +25,7 @@ from sinkscope.probes import AttentionMass
 from sinkscope.results import in_rows
 from sinkscope.sites import Tower
 
+TOWERS: tuple[Tower, ...] = ("vision", "language")
 REFUSED = (InputError, NonFiniteError)
 SKIP = "Write errors='skip' to leave such records out; what was traced before stays and is not traced again."
 
@@ -158,39 +159,43 @@ def _sink_line(trace: SinkTrace, record: SinkRecord) -> dict[str, Any]:
 
 def _second_pass(lvlm: LVLM, trace: SinkTrace, remote: Any) -> list[dict[str, Any]]:
     """Per row: the attention mass on every group, its null, and what other rules flag too."""
-    layers, sample = list(lvlm.anatomy.language.attending), trace.sample
+    sample, layers = trace.sample, list(lvlm.anatomy.language.attending)
     asked: list[Any] = [AttentionMass(trace.groups, layers)] if layers else []
-    found: dict[Tower, dict[str, Any]] = {"vision": {}, "language": {}}
-    probes: dict[tuple[Tower, str], Any] = {}
-    seen = {"vision": trace.vision, "language": trace.language}
+    others = {tower: others_of(lvlm, tower) for tower in TOWERS}
     read: dict[Tower, list[int]] = {
         "vision": [*trace.feeds],
         "language": [*trace.l_detection.layers],
     }
-    for tower in found:
-        for name, rule in others_of(lvlm, tower).items() if read[tower] else ():
-            if isinstance(rule, (Massive, Received)):  # that was measured before
-                part = seen[tower].massive if isinstance(rule, Massive) else seen[tower].received
-                masks = visual_tokens(sample, tower)
-                flagged = decide(rule, part, *masks, tower, lvlm.anatomy.tower(tower)).mask
-                found[tower][name] = flagged[:, read[tower]]
-            else:
-                found[tower][name] = None
-                probes[tower, name] = rule.probe(tower, read[tower], lvlm.anatomy.tower(tower))
+    probes = {
+        (tower, name): rule.probe(tower, read[tower], lvlm.anatomy.tower(tower))
+        for tower in TOWERS
+        for name, rule in others[tower].items()
+        if read[tower] and not isinstance(rule, (Massive, Received))  # these were measured before
+    }
     run = lvlm.run(sample, [*asked, *probes.values()], logits="last", remote=remote)
-    for (tower, name), probe in probes.items():
-        rule = others_of(lvlm, tower)[name]
-        found[tower][name] = decided(rule, run, probe, lvlm, sample).mask
-    used = {"vision": trace.v_detection.mask[:, read["vision"]], "language": trace.l_detection.mask}
-    lines = []
-    for row in range(len(sample)):
-        line, images = {}, (sample.tokens.vision.batch_row == row).nonzero().flatten()
-        for tower, rows in (("vision", images), ("language", torch.tensor([row]))):
-            visual = visual_tokens(sample, tower)[0][rows][:, None]
-            masks = [(mask[rows] & visual).flatten() for mask in found[tower].values()]
-            masks = [(used[tower][rows] & visual).flatten(), *masks]
-            line[f"agree_{tower}"] = _agreeing(masks, 1 + len(others_of(lvlm, tower)))
-        lines.append(line | (_mass_of(run[asked[0]], row, trace.n_layers) if asked else {}))
+
+    def flagged(tower: Tower, name: str, rule: Detector) -> Tensor:
+        if (tower, name) in probes:
+            return decided(rule, run, probes[tower, name], lvlm, sample).mask
+        seen = trace.vision if tower == "vision" else trace.language
+        told, masks = isinstance(rule, Massive), visual_tokens(sample, tower)
+        result = seen.massive if told else seen.received
+        return decide(rule, result, *masks, tower, lvlm.anatomy.tower(tower)).mask[:, read[tower]]
+
+    lines: list[dict[str, Any]] = [{} for _ in range(len(sample))]
+    for tower in TOWERS:
+        masks = []
+        if read[tower]:
+            used = trace.v_detection if tower == "vision" else trace.l_detection
+            masks = [used.mask[:, read[tower]]]
+            masks += [flagged(tower, name, rule) for name, rule in others[tower].items()]
+        visual, many = visual_tokens(sample, tower)[0][:, None], 1 + len(others[tower])
+        for row, line in enumerate(lines):
+            images = (sample.tokens.vision.batch_row == row).nonzero().flatten()
+            rows = images if tower == "vision" else [row]
+            line[f"agree_{tower}"] = _agreeing([(x & visual)[rows].flatten() for x in masks], many)
+    for row, line in enumerate(lines if asked else ()):
+        line |= _mass_of(run[asked[0]], row, trace.n_layers)
     return lines
 
 
@@ -224,7 +229,7 @@ def _control_line(lvlm: LVLM, trace: SinkTrace, control: RandomControl) -> dict[
         return line
     own = replace(control, intervention=it, seed=content_seed(trace.sample, control.seed))
     try:
-        found = own.run(lvlm, trace)
+        found: Any = own.run(lvlm, trace)
     except TooFewTokensError:
         return line | {"state": "uncontrolled"}
     line |= {"state": "edited", "base": float(found.base[0]), "real": float(found.real[0])}

@@ -144,7 +144,7 @@ class DatasetTrace:
         edges = np.linspace(0.0, 1.0, cells + 1)
         found = {kind: np.zeros((cells, cells)) for kind in ("V", "L", "attention")}
         box = ["x0", "y0", "x1", "y1"]
-        for batch in self._read("sinks", ["kind", *box], pc.is_finite(pc.field("x0"))):
+        for batch in self._read("sinks", ["kind", *box], ~pc.field("x0").is_null(nan_is_null=True)):
             kinds, *ends = (column.to_numpy(zero_copy_only=False) for column in batch)
             x, y = (_covered(ends[at], ends[at + 2], edges) for at in (0, 1))
             for kind, total in found.items():

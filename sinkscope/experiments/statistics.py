@@ -12,6 +12,7 @@ from sinkscope.errors import InputError
 from sinkscope.models.pictures import clusters_of
 
 BY = ("task", ALL)
+BLOCK = 2**23  # how many weights of clusters are drawn at once
 
 
 def by_task(table: pd.DataFrame, by: str) -> Iterator[tuple[str, Any]]:
@@ -112,7 +113,7 @@ def cluster_intervals(
     mean = values.mean(axis=0) if over is None else _ratio(totals.sum(axis=0), parts.sum(axis=0))
     if len(counts) < 2:
         return np.stack([mean, *np.full((2, len(mean)), np.nan)])
-    rng, step, found = np.random.default_rng(seed), max(1, 2**23 // len(counts)), []
+    rng, step, found = np.random.default_rng(seed), max(1, BLOCK // len(counts)), []
     for at in range(0, draws, step):  # a few draws at a time: of many images they are large
         weights = _times(rng, len(counts), min(step, draws - at))
         found.append(_ratio(weights @ totals, weights @ parts))

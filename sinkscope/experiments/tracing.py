@@ -100,7 +100,7 @@ class SinkTrace(Result):
         return {tower: self._outcome(tower) for tower, mask in found.items() if not mask.any()}
 
     def outcomes_of(self, row: int) -> dict[Tower, str]:
-        """The `outcomes` of one row of the batch."""
+        """The `outcomes` of one row of the batch; positions count from its first token."""
         images = (self.sample.tokens.vision.batch_row == row).nonzero().flatten().tolist()
         found: Any = {"vision": (self.v_sinks, images), "language": (self.l_detection.mask, [row])}
         left = {tower: rows for tower, (mask, rows) in found.items() if not mask[row].any()}
@@ -138,9 +138,12 @@ class SinkTrace(Result):
         rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
         whose = " of image" if tower == "vision" else " of row"
 
-        def called(_: int, row: int, pos: int) -> str:
-            many = len(places) > 1
-            return named(self, tower, places[row], pos) + f"{whose} {places[row]}" * many
+        def called(_: int, at: int, pos: int) -> str:
+            row, name = places[at], named(self, tower, places[at], pos)
+            if rows is not None and tower == "language":  # the padding of other rows does not count
+                first = int(self.sample.tokens.live[row].int().argmax())
+                name = f"{pos - first}{name.removeprefix(str(pos))}"
+            return name + f"{whose} {row}" * (len(places) > 1)
 
         return outcome_of(rule, [seen.at(layers)], tower, called)
 

@@ -97,7 +97,7 @@ def plot_dataset_agreement(table: pd.DataFrame) -> Figure:
     figure = theme.new_figure((1.6 + (1.6 + 0.95 * most) * len(towers), 1.5 + 0.62 * most))
     axes, picture = theme.panels(figure, len(towers), len(towers)), None
     for ax, tower in zip(axes, towers, strict=True):
-        part = table[table["tower"] == tower]
+        part: Any = table[table["tower"] == tower]
         names = list(dict.fromkeys(part["rule"]))
         shares, low, high = (
             part.pivot(index="rule", columns="other", values=value)
@@ -135,8 +135,8 @@ def plot_dataset_lives(table: pd.DataFrame, layers: Sequence[int]) -> Figure:
     kinds, depth = ("V", "L", "text"), len(layers)
     figure = theme.new_figure((13.5, 4.0))
     axes = theme.panels(figure, 4, 4)
-    lived = table.dropna(subset=["born"])
-    most = lived.groupby(["kind", "born", "last"])["sinks"].sum()
+    lived: Any = table.dropna(subset=["born"])
+    most: Any = lived.groupby(["kind", "born", "last"])["sinks"].sum()
     top = max(2.0, float(most.max())) if len(most) else 2.0
     picture: Any = None
     for ax, kind in zip(axes, kinds, strict=False):
@@ -161,7 +161,7 @@ def plot_dataset_lives(table: pd.DataFrame, layers: Sequence[int]) -> Figure:
 def _draw_first(ax: Axes, table: pd.DataFrame, layers: Sequence[int]) -> None:
     """The share of the sinks of each kind to which a head attends first in a layer."""
     for kind in GROUP_OF:
-        part = table[(table["kind"] == kind) & ~table["again"].astype(bool)]
+        part: Any = table[(table["kind"] == kind) & ~table["again"].astype(bool)]
         if len(part):
             share = part.groupby("first_drawn")["sinks"].sum() / part["sinks"].sum()
             share, look = (
