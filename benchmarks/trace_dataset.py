@@ -8,7 +8,7 @@ folders must hold the same lines (all columns but the seconds).
     python benchmarks/trace_dataset.py
     python benchmarks/trace_dataset.py --images 64 0 --no-write
 
-Writes ``results/trace_dataset.json``, ``.csv`` (resident memory over time) and ``.png``.
+Writes ``results/trace_dataset.json`` and ``.md``, ``.csv`` (resident memory over time) and ``.png``.
 """
 
 from __future__ import annotations
@@ -114,6 +114,25 @@ def measure(model: str, many: int, folder: Path) -> tuple[dict[str, Any], pd.Dat
     return line | {"parts": len(runs[0].parts), "killed_and_resumed_is_whole": True}, table
 
 
+def markdown(body: dict[str, Any]) -> str:
+    """The results as a table."""
+    names = "images sinks images_per_second rss_first_half_mib rss_second_half_mib rss_most_mib"
+    titles = "images|sinks and attended tokens|images per second|memory, first half (MiB)"
+    head = f"model|{titles}|memory, second half (MiB)|most memory (MiB)|parts when killed".split(
+        "|"
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for line in body["models"]:
+        cells = [line["model"], *(str(line[name]) for name in names.split())]
+        cells.append(f"{line['parts_when_killed']} of {line['parts']}; resumed: the same lines")
+        lines.append("| " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {version}" for name, version in body["versions"].items())
+    place = (
+        f"{body['machine']}, {body['threads']} thread; {versions}; {body['part']} images per part."
+    )
+    return "\n".join([*lines, "", place, ""])
+
+
 def draw(table: pd.DataFrame) -> Any:
     """Resident memory by images traced, a panel per model."""
     models = list(dict.fromkeys(table["model"]))
@@ -150,6 +169,7 @@ def main() -> None:
     place = {"machine": machine_name(torch.device("cpu")), "threads": options.threads}
     body = {"part": PART, **place, "versions": versions, "models": lines}
     (RESULTS / "trace_dataset.json").write_text(json.dumps(body, indent=1) + "\n")
+    (RESULTS / "trace_dataset.md").write_text(markdown(body))
     whole = pd.concat(tables)
     whole.to_csv(RESULTS / "trace_dataset.csv", index=False)
     draw(whole).savefig(RESULTS / "trace_dataset.png", dpi=110)

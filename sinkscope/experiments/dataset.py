@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,36 +94,29 @@ def trace_dataset(
     hidden = total is not None and total < 50 if progress is None else not progress
     manifest = claim(folder, MANIFEST, manifest, "trace of a data set")
     with held(folder, "trace of a data set"), evaluated(lvlm.module):
-        parts, work, seen = Parts(folder, manifest), partial(trace_part, plan=plan), Seen()
+        parts, work = Parts(folder, manifest), partial(trace_part, plan=plan)
         sinks = sum(counts["sinks"] for counts in parts.known.values())
         with tqdm(total=total, desc="tracing", unit="image", disable=hidden) as bar:
-            missing = _missing(chunks, parts, seen, bar)
+            missing = _missing(chunks, parts, bar)
             with closing(each_part(lvlm, work, missing, engine)) as done:  # type: ignore[type-var]
                 for name, tables in done:
                     counts = parts.write(name, tables)
                     sinks += counts["sinks"]
                     bar.set_postfix(sinks=sinks, refresh=False)
                     bar.update(counts["images"])
-        if not seen.parts:
+        if not parts.seen:
             raise InputError("Got an empty dataset; expected at least one record with an image.")
-        parts.check_ended(seen.parts)
+        parts.check_ended()
     return DatasetTrace(folder, manifest, tuple(sorted(parts.known)), parts.ended())
 
 
-@dataclass
-class Seen:
-    """How many parts were read."""
-
-    parts: int = 0
-
-
 def _missing(
-    chunks: Iterator[list[Shown]], parts: Parts, seen: Seen, bar: Any
+    chunks: Iterator[list[Shown]], parts: Parts, bar: Any
 ) -> Iterator[tuple[str, list[Shown]]]:
     """The parts that are not done; InputError where other records were traced in the place of one."""
     places = {name.partition("-")[0]: name for name in parts.known}
     for number, chunk in enumerate(chunks):
-        seen.parts, place = number + 1, f"{number:06d}"
+        parts.seen, place = number + 1, f"{number:06d}"
         name = f"{place}-{digest_of([one.digest for one in chunk])[:16]}"
         if name in parts.known:
             bar.update(len(chunk))

@@ -57,6 +57,7 @@ class Parts:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self.tables = path, list(SCHEMAS)[: 2 + bool(manifest["control"])]
         self._run = digest_of(manifest)
+        self.seen = 0  # how many parts the data set has, as far as it was read
         self.known: dict[str, dict[str, Any]] = {}
         for file in sorted(path.glob("part-*.json")):
             name = file.stem.removeprefix("part-")
@@ -87,15 +88,15 @@ class Parts:
         self.known[name] = counts
         return counts
 
-    def check_ended(self, count: int) -> None:
-        """Note that the data set has ``count`` parts; InputError if there are more."""
-        if more := [name for name in self.known if int(name.partition("-")[0]) >= count]:
+    def check_ended(self) -> None:
+        """Note that the data set was read to its end; InputError if there are parts behind it."""
+        if more := [name for name in self.known if int(name.partition("-")[0]) >= self.seen]:
             raise InputError(
-                f"Got a data set of {count} parts and out={str(self.path)!r} with more, such as {more[0]}; "
+                f"Got a data set of {self.seen} parts and out={str(self.path)!r} with more, such as {more[0]}; "
                 "expected the same records. Write out='another folder'."
             )
         with writable(self.path):
-            write_whole(self.path / END, json.dumps(seal({"parts": count}, self._run.encode())))
+            write_whole(self.path / END, json.dumps(seal({"parts": self.seen}, self._run.encode())))
 
     def ended(self) -> bool:
         """Whether all parts of a data set that was read to its end are there."""

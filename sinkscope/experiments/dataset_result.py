@@ -57,6 +57,8 @@ class DatasetTrace:
         names = list(SCHEMAS)[: 2 + bool(self.settings["control"])]
         check_choice(names, table=table, hint="'control' needs trace_dataset(..., control=...).")
         files = [str(self.folder / f"{table}-{name}.parquet") for name in self.parts]
+        if not files:
+            return pads.dataset(SCHEMAS[table].empty_table())
         return pads.dataset(files, schema=SCHEMAS[table], format="parquet")
 
     @property
@@ -113,24 +115,23 @@ class DatasetTrace:
         every layer), tokens_low, tokens_high, mass (mean over heads, queries and records, 0 to 1), low, high
         and null (uniform attention); NaN where that was not measured or counted.
         """
-        layers = self.settings["layers"]
-        masses = [f"{what}_{name}" for name in GROUPS.values() for what in ("mass", "null")]
-        ids, got = self._per_image(["n_v", "l_by_layer", "text_by_layer", *masses * self._masses])
-        counts = {"V-sinks": np.repeat(got["n_v"][:, None], len(layers), axis=1)}
-        counts |= {"L-sinks": got["l_by_layer"], "text sinks": got["text_by_layer"]}
-        lines, blank = [], np.full((3, len(layers)), np.nan)
-        for group, name in GROUPS.items():
-            many = cluster_intervals(counts[group], ids, **intervals) if group in counts else blank
-            mass, null = blank, blank[0]
-            if self._masses:
-                given = got[f"mass_{name}"]
-                known = ~np.isnan(given).any(axis=0)  # layers that attend
-                mass, null = blank.copy(), got[f"null_{name}"].mean(axis=0)
-                mass[:, known] = cluster_intervals(given[:, known], ids, **intervals)
-            columns = dict(zip(("tokens", "tokens_low", "tokens_high"), many, strict=True))
-            columns |= dict(zip(("mass", "low", "high"), mass, strict=True))
-            lines.append(pd.DataFrame({"layer": layers, "group": group, **columns, "null": null}))
-        return pd.concat(lines, ignore_index=True)
+        layers, many = self.settings["layers"], len(self.settings["layers"])
+        names = [f"{what}_{name}" for name in GROUPS.values() for what in ("mass", "null")]
+        ids, got = self._per_image(["n_v", "l_by_layer", "text_by_layer", *names * self._masses])
+        counts = {"v": np.repeat(got["n_v"][:, None], many, axis=1), "l": got["l_by_layer"]}
+        counts["text_sinks"] = got["text_by_layer"]
+        unknown = np.full((len(ids), many), np.nan)
+        columns = [counts.get(name, unknown) for name in GROUPS.values()]
+        columns += [got.get(f"mass_{name}", unknown) for name in GROUPS.values()]
+        values = np.concatenate(columns, axis=1).astype(float)
+        known, made = ~np.isnan(values).any(axis=0), np.full((3, values.shape[1]), np.nan)
+        made[:, known] = cluster_intervals(values[:, known], ids, **intervals)
+        tokens, masses = np.split(made, 2, axis=1)
+        null = [got.get(f"null_{name}", unknown).mean(axis=0) for name in GROUPS.values()]
+        table = pd.DataFrame({"layer": layers * len(GROUPS), "group": np.repeat([*GROUPS], many)})
+        table[["tokens", "tokens_low", "tokens_high"]] = tokens.T
+        table[["mass", "low", "high"]] = masses.T
+        return table.assign(null=np.concatenate(null))
 
     @property
     def _masses(self) -> bool:
