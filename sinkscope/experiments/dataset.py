@@ -87,6 +87,8 @@ def trace_dataset(
         v_detector, l_detector, calibration, merge, draws, batch, errors, masses, control, remote
     )
     _check(plan, part, question)
+    if lvlm.processor is None:
+        raise InputError("Got an LVLM without a processor; expected one, to prepare the images.")
     folder, manifest = Path(out).expanduser(), _manifest(lvlm, plan, part, question)
     records: Any = source_of(dataset)
     chunks = chunks_of(records, part, question, IMAGES, skip=errors == "skip")

@@ -279,7 +279,7 @@ def test_a_broken_picture_stops_or_is_skipped_with_its_reason(traced, tmp_path, 
     assert found.kinds()["mean"][0] == found.images["n_v"].dropna().mean()
 
 
-def test_malformed_records_are_refused_by_number(traced, tmp_path):
+def test_malformed_records_are_refused_by_number(lvlm, traced, tmp_path):
     good = next(records(1))
     for bad, said in (
         ({"picture": 1}, "Record 1 .*has no image"),
@@ -303,6 +303,9 @@ def test_malformed_records_are_refused_by_number(traced, tmp_path):
     for options in ({"errors": "x"}, {"batch": 0}, {"part": 0}, {"question": 1}, {"control": 3}):
         with pytest.raises(InputError, match=f"Got (a )?{next(iter(options))}"):
             traced(records(2), "other", **options)
+    bare = ss.LVLM(lvlm.module)
+    with pytest.raises(InputError, match="without a processor"):
+        ss.trace_dataset(bare, records(2), tmp_path / "other", errors="skip")
     assert not (tmp_path / "other").exists()
 
 
