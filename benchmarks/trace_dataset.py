@@ -134,15 +134,16 @@ def markdown(body: dict[str, Any]) -> str:
 
 
 def draw(table: pd.DataFrame) -> Any:
-    """Resident memory by images traced, a panel per model."""
+    """Resident memory over time, a panel per model."""
     models = list(dict.fromkeys(table["model"]))
     figure = theme.new_figure((4.6 * len(models), 3.6))
     for ax, model in zip(theme.panels(figure, len(models), len(models)), models, strict=True):
         part = table[table["model"] == model]
-        ax.plot(part["images"], part["rss_mib"], color="#0072B2")
+        ax.plot(part["seconds"], part["rss_mib"], color="#0072B2")
         ax.set_ylim(0, 1.25 * part["rss_mib"].max())
-        ax.set_title(f"{model} model", fontsize=theme.LABEL, loc="left")
-        theme.label(ax, "images traced", "resident memory (MiB)")
+        title = f"{model} model, {part['images'].max()} images"
+        ax.set_title(title, fontsize=theme.LABEL, loc="left")
+        theme.label(ax, "seconds since the process began", "resident memory (MiB)")
         theme.plain(ax)
     return figure
 

@@ -24,6 +24,7 @@ from sinkscope.experiments import DatasetTrace, EditSinks, statistics
 from sinkscope.experiments.sink_edits import content_seed
 from sinkscope.experiments.statistics import cluster_intervals
 from sinkscope.files import held
+from sinkscope.models.loading import identity_of, weights_digest
 from sinkscope.scale import engine
 from sinkscope.testing import random_image
 from tests.experiments.dataset_job import L, V, records, run
@@ -475,6 +476,14 @@ def test_every_part_goes_through_the_engine(traced, monkeypatch):
     assert module.each_part is engine.each_part
     monkeypatch.setattr(module, "each_part", backwards)
     same(traced(records(5), "other"), first)
+
+
+def test_a_model_that_is_elsewhere_is_known_by_its_name():
+    """Its weights are not here: their digest raised NotImplementedError."""
+    lvlm = ss.LVLM.from_pretrained(str(ss.bundled.bundled_path()), remote=True)
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        weights_digest(lvlm.module)
+    assert identity_of(lvlm)["weights"] == str(ss.bundled.bundled_path())
 
 
 def test_the_nnsight_path_gives_the_same(traced):
