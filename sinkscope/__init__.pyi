@@ -28,6 +28,7 @@ from .experiments import (
     linear_probes,
     lsg_grid,
     sweep,
+    trace_dataset,
     trace_generation,
     trace_sinks,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "scale",
     "sweep",
     "testing",
+    "trace_dataset",
     "trace_generation",
     "trace_sinks",
     "train_lsg",

@@ -222,7 +222,8 @@ def identity_of(lvlm: Any) -> dict[str, Any]:
     """What must agree for two runs to be runs of one model, as plain values; takes an `LVLM`.
 
     The digest of how inputs are prepared takes the image processor's settings, and token ids and shapes
-    of a fixed question about a fixed image; no pixels, whose last bits may differ between machines.
+    of a fixed question about a fixed image; no pixels, whose last bits may differ between machines. A model
+    that is not here (``remote=True``) is known by its name.
     """
     anatomy, processor, prepared = lvlm.anatomy, lvlm.processor, None
     if processor is not None:
@@ -242,7 +243,7 @@ def identity_of(lvlm: Any) -> dict[str, Any]:
         "class": type(lvlm.module).__name__,
         "layout": [list(x) if isinstance(x, tuple) else x for x in layout_of(anatomy)],
         "kernels": [anatomy.vision.kernel, anatomy.language.kernel],
-        "weights": weights_digest(lvlm.module),
+        "weights": lvlm.name if lvlm.device.type == "meta" else weights_digest(lvlm.module),
         "preparation": prepared,
     }
 
