@@ -11,6 +11,7 @@ from . import (
     models,
     probes,
     published,
+    scale,
     testing,
     viz,
 )
@@ -27,6 +28,7 @@ from .experiments import (
     linear_probes,
     lsg_grid,
     sweep,
+    trace_dataset,
     trace_generation,
     trace_sinks,
 )
@@ -106,8 +108,10 @@ __all__ = [
     "probes",
     "published",
     "register_family",
+    "scale",
     "sweep",
     "testing",
+    "trace_dataset",
     "trace_generation",
     "trace_sinks",
     "train_lsg",

@@ -72,6 +72,10 @@ class NonFiniteError(SinkscopeError, ArithmeticError):
     """NaN or infinite activations at live positions."""
 
 
+class WorkerError(SinkscopeError, RuntimeError):
+    """There are no workers of Ray, or one part took down several of them."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``Did you mean 'image'?``, which names the closest of ``known``, or ``Known: 'a', 'b'.``"""
     names = sorted(known)

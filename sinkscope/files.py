@@ -25,7 +25,10 @@ WRITING = ".writing"  # ends the name of a file that is not whole yet, behind it
 LOCK = ".lock"  # what a running process holds; the file stays behind, and nobody holds it then
 AGAIN = "Delete this file and start the same again: what is done is read, not done anew."
 SEAL = "sha256"  # the key under which data hold the digest of all that is loaded with them
-DONE = re.compile(r"part-\d{6,}\.parquet|checkpoint-\d{6,}|report")  # what runs leave; it is sealed
+DONE = re.compile(  # what runs leave; it is sealed
+    r"part-\d{6,}\.parquet|checkpoint-\d{6,}|report|"
+    r"(images|sinks|control)-\d{6,}-[0-9a-f]{16}\.parquet|part-\d{6,}-[0-9a-f]{16}\.json|end\.json"
+)
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:

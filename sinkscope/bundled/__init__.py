@@ -6,6 +6,7 @@ nothing about its attention was planted. Its card, `bundled_path() / "README.md"
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ def load_bundled(dtype: torch.dtype | str = "float32", attn_implementation: str 
 
     lvlm = LVLM(*load_bundled_hf(dtype, attn_implementation))
     lvlm.name = "bundled"
+    lvlm._made_by = partial(load_bundled, dtype, attn_implementation)
     return lvlm
 
 

@@ -6,7 +6,8 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -16,6 +17,7 @@ from sinkscope.cli import experiments, shows
 from sinkscope.cli.experiments import WHICH, says
 from sinkscope.cli.recipes import HELP, check_word, load_model, parse_detector, stages
 from sinkscope.errors import CheckpointError, InputError, SinkscopeError
+from sinkscope.files import check_place
 
 WITHOUT = (
     "Without one: published constants of the model, else the gap rule on the image itself, or limits that were "
@@ -154,6 +156,43 @@ def trace(
     print(json.dumps({"answer": said, **json.loads(found.to_json())}, indent=2))
     if folder is not None:
         shows.write_folder(folder, lvlm, found, tables)
+    return 0
+
+
+@app.command(
+    help_epilogue=f"{HELP} Without one: published constants of the model, else the gap rule on each image."
+)
+def trace_dataset(
+    model: Annotated[str, WHICH],
+    data: Annotated[str, says("A folder of pictures, or a .jsonl/.json/.csv/.parquet file.")],
+    /,
+    *,
+    prompt: Annotated[str, says("What to ask about images without a question.")] = "",
+    out: Annotated[
+        str, says("Folder of the tables; continued if it is there.")
+    ] = "sinkscope-dataset",
+    v_detector: Annotated[str | None, says("Rule for V-sinks, such as norm:100.")] = None,
+    l_detector: Annotated[str | None, says("Rule for L-sinks, such as dims:1415,2533:20.")] = None,
+    batch: Annotated[int, says("Images per forward pass.")] = 1,
+    skip: Annotated[bool, says("Leave out pictures that cannot be read, with the reason.")] = False,
+    loading: Loading = Loading(),
+) -> int:
+    """Trace the sinks of many images: one line per sink and per image, and figures; resumable."""
+    rules = {"v_detector": parse_detector(v_detector), "l_detector": parse_detector(l_detector)}
+    check_word(model)
+    folder = Path(out).expanduser()
+    check_place(folder, "manifest.json", "trace of a data set")
+    from sinkscope.experiments import trace_dataset as run
+
+    with stages(1, "loading the model"):
+        lvlm = load_model(model, **asdict(loading))
+    errors = "skip" if skip else "stop"
+    how: dict[str, Any] = {"question": prompt, "batch": batch, "errors": errors, **rules}
+    found = run(lvlm, data, folder, progress=sys.stderr.isatty(), **how)
+    print(found.summary())
+    tables = {"kinds": found.kinds(), "by_layer": found.by_layer(), "agreement": found.agreement()}
+    report = experiments.write_report(folder, tables, "layers", found)
+    print(f"\nFigure and tables: {report}; every sink: {folder}")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,6 +26,8 @@ def says(text: str, **more: Any) -> Parameter:
 WHICH = says(
     "'example' (a small real model), 'bundled' (a toy inside the package), a folder, or a hub repository."
 )
+Engine = Annotated[str | None, says("local, or ray: workers that hold a model each (local).")]
+Workers = Annotated[int | None, says("How many, with --engine ray (one per GPU, or four cores).")]
 Repeated = Annotated[tuple[str, ...], Parameter(consume_multiple=False)]
 Words = tuple[str, ...] | None
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
@@ -97,12 +99,15 @@ def sweep(
     layers: Annotated[Words, says("Layers to read (all), or embed; scales the next block.")] = None,
     score: Annotated[str | None, says("choice, exact or logprob.")] = None,
     grid: Annotated[int | None, says("Pairs from (0, 1) to (1, 0) (11).")] = None,
+    engine: Engine = None,
+    workers: Workers = None,
 ) -> int:
     """Score questions with image keys scaled, layer by layer and pair by pair; resumable."""
     from sinkscope.experiments import sweep as run
 
-    recipe = settings.read("sweep", run, model, layers=layers, score=score, grid=grid)
-    options, dry = dict(recipe.options), settings.dry_run
+    own = {"layers": layers, "score": score, "grid": grid, "engine": engine}
+    recipe = settings.read("sweep", run, model, **own)
+    options, dry = with_engine(recipe.options, workers), settings.dry_run
     if options.get("grid") is not None:
         options["grid"] = grid_of(options["grid"])
     out = Path(recipe.out or "sinkscope-sweep").expanduser()
@@ -179,11 +184,14 @@ def compare(
     settings: Settings = Settings(),
     gate: Annotated[Repeated, says("Folder of a saved gate to compare; repeatable.")] = (),
     batch: Annotated[int | None, says("Questions per forward pass (16).")] = None,
+    engine: Engine = None,
+    workers: Workers = None,
 ) -> int:
     """Answer questions under several conditions: gates, edits, prior methods; with intervals."""
     from sinkscope.experiments import compare as run
 
-    recipe = settings.read("compare", run, model, batch=batch)
+    recipe = settings.read("compare", run, model, batch=batch, engine=engine)
+    options = with_engine(recipe.options, workers)
     conditions = with_gates(recipe.conditions, gate)
     out = Path(recipe.out or "sinkscope-compare").expanduser()
     if not settings.dry_run:
@@ -197,11 +205,26 @@ def compare(
         print(f"{count} questions x {how}: {prompts} prompts, each with its answer")
         return 0
     rules, bar = recipe.detectors(lvlm), sys.stderr.isatty()
-    found = run(lvlm, recipe.data, made, **recipe.options, **rules, progress=bar)
+    found = run(lvlm, recipe.data, made, **options, **rules, progress=bar)
     print(found.to_markdown())
     tables = {"answers": found.to_dataframe(), "summary": found.estimates()}
     print(f"\nAnswers, table and figure: {write_report(out, tables, 'comparison', found)}")
     return 0
+
+
+def with_engine(options: Mapping[str, Any], workers: int | None) -> dict[str, Any]:
+    """The options, with an engine of keys and values, or a number of workers, as one of Ray."""
+    from sinkscope.scale import Ray
+
+    made = options.get("engine", "local")
+    if isinstance(made, Mapping):
+        made = Ray(**recipes.arguments_for(Ray, made, "under engine"))
+    if workers is not None:
+        if made == "local":
+            came = f"Got --workers {workers} for one process"
+            raise InputError(f"{came}; expected an engine that has workers. Write --engine ray.")
+        made = replace(made if isinstance(made, Ray) else Ray(), workers=workers)
+    return {**options, "engine": made}
 
 
 def grid_of(asked: Any) -> list[tuple[Any, ...]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sinkscope.data.batches import AnswerBatch, AnswerData, make_batch, read_rows
-from sinkscope.models.inputs import Processed, Sample, process
+from sinkscope.models.inputs import Processed, process
 from sinkscope.models.lvlm import LVLM
 
 UNCOPIED = (TypeError, ValueError, AttributeError, RuntimeError, PicklingError, copy.Error)
@@ -66,10 +66,15 @@ def _pinned(made: Processed, device: torch.device) -> Processed:
 
 
 def samples_ahead(
-    lvlm: LVLM, parts: Sequence[Sequence[Any]], *, apart: bool = False
-) -> Generator[tuple[Sample, ...], None, None]:
+    lvlm: LVLM,
+    parts: Sequence[Sequence[Any]],
+    *,
+    apart: bool = False,
+    refusals: tuple[type[Exception], ...] = (),
+) -> Generator[Any, None, None]:
     """Prepare parts of items with ``image`` and ``question``, in order: one sample each, or one per item.
 
+    Yields a tuple of samples per part, or the error of its preparation if that is one of ``refusals``.
     Close the iterator (`contextlib.closing`), so that nothing runs on after an error.
     """
 
@@ -83,7 +88,11 @@ def samples_ahead(
     with Ahead(lvlm, make) as ahead:
         for at in range(len(parts)):
             ready = [(one, None) for one in ahead.take(at) or ()] or given(at)
-            samples = tuple(lvlm.prepare(images=images, text=text) for images, text in ready)
+            samples: Any
+            try:
+                samples = tuple(lvlm.prepare(images=images, text=text) for images, text in ready)
+            except refusals as error:
+                samples = error
             if at + 1 < len(parts):
                 ahead.begin(at + 1)
             yield samples

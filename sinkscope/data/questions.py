@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import pyarrow.parquet as pq
 
 from sinkscope.bundled import scenes
 from sinkscope.checks import check_choice, check_fields, check_path, check_whole
@@ -123,8 +123,7 @@ class Questions:
         some = {k: v for k, v in named.items() if isinstance(v, str) or not is_missing(v)}
         advice = f"Its columns are {sorted(raw)}: write columns={{'answer': 'the column'}}."
         out = read_record(some, i, where=f" of {self.source!r}", advice=advice)
-        if isinstance(out["image"], str) and not out["image"].startswith(ADDRESSES):
-            out["image"] = str(Path(self.source).expanduser().parent / out["image"])
+        out["image"] = beside(Path(self.source).expanduser(), out["image"])
         out |= {"question": str(out["question"]) + self.suffix, "answer": str(out["answer"])}
         options = out.pop("choices", None) if self.choices is None else self.choices
         if options is None:
@@ -143,13 +142,22 @@ class Questions:
         return out
 
 
+def beside(file: Path, image: Any) -> Any:
+    """The image of a record of a file: paths are relative to the file; a list of them likewise."""
+    if isinstance(image, (list, tuple)):
+        return [beside(file, one) for one in image]
+    local = isinstance(image, str) and not image.startswith(ADDRESSES)
+    return str(file.parent / image) if local else image
+
+
 def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     """The records of a file, one by one."""
     check_path(source=path)
     if not path.is_file():
         raise InputError(f"Got the file {str(path)!r}, which does not exist.")
     if path.suffix == ".parquet":
-        yield from pd.read_parquet(path).to_dict(orient="records")  # type: ignore[misc]
+        for some in pq.ParquetFile(path).iter_batches(64):
+            yield from some.to_pylist()
         return
     with path.open(newline="", encoding="utf-8") as lines:
         try:

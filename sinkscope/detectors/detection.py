@@ -100,16 +100,22 @@ def decide(
         above = above & detector.also(result)
     parts = (above, scores, limit, detector.null(result, anatomy), visual, strict)
     found = Detection(repr(detector), tower, result.layers, *parts)
+    return replace(found, warnings=saturation(found))
+
+
+def saturation(found: Detection) -> tuple[str, ...]:
+    """The warning if over 20 % of the image tokens are flagged in some layer, or none."""
     if not found.saturated:
-        return found
+        return ()
     worst = found.fraction.amax(dim=0)
     layers = [found.layers[i] for i in (worst > SATURATION).nonzero().flatten().tolist()]
     text = (
-        f"{found.detector} flags up to {float(worst.max()):.0%} of the image tokens in the {tower} tower "
+        f"{found.detector} flags up to {float(worst.max()):.0%} of the image tokens in the {found.tower} "
+        "tower "
         f"(layers {layers}): over {SATURATION:.0%} it finds no sinks but the scale of the model. Calibrate "
         "with ss.calibrate(lvlm, samples) or compare detectors."
     )
-    return replace(found, warnings=(text,))
+    return (text,)
 
 
 @cache

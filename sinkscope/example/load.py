@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,7 @@ def load_example(
     where: Any = {"source": source, "cache": cache, "progress": progress}
     lvlm = LVLM(*load_example_hf(dtype, attn_implementation, **where))
     lvlm.name = "example (hub)" if source == HUB else "example"
+    lvlm._made_by = partial(load_example, dtype, attn_implementation, **where)
     return lvlm
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -11,7 +12,6 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_whole, typed
-from sinkscope.data.ahead import samples_ahead
 from sinkscope.data.answers import answer_batch
 from sinkscope.data.batches import batches_of
 from sinkscope.data.items import ALL, Item, as_items, check_tasks
@@ -26,6 +26,7 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.protocols import Intervention
 from sinkscope.results import Result
+from sinkscope.scale.engine import Prepared, Ray, check_engine, each_part
 from sinkscope.viz import effects
 
 
@@ -222,6 +223,7 @@ def compare(
     l_detector: Detector | None = None,
     batch: int = 16,
     length_normalized: bool = True,
+    engine: str | Ray = "local",
     progress: bool | None = None,
 ) -> Comparison:
     """Answer every question under every condition.
@@ -239,9 +241,12 @@ def compare(
         v_detector: For the traces, as ``l_detector``; see `trace_sinks`. Calibrate on other images.
         batch: The most questions per forward pass; a batch holds questions about one image.
         length_normalized: Whether an option's log-probability is the mean over its tokens or the sum.
+        engine: ``"local"``, ``"ray"`` or a `sinkscope.scale.Ray`: batches are shared among its workers, which
+            get the conditions.
         progress: None shows a bar from 50 questions on.
     """
     check_whole(1, batch=batch)
+    check_engine(engine)
     if lvlm.tokenizer is None:
         raise InputError("Got an LVLM without a processor; expected one, to read answers.")
     variants, items = _variants(conditions), as_items(dataset)
@@ -249,16 +254,30 @@ def compare(
     check_questions(lvlm.processor, items)
     check_rules(v_detector, l_detector)
     rules = {"v_detector": v_detector, "l_detector": l_detector}
-    hidden, lines = len(items) < 50 if progress is None else not progress, []
+    hidden, done = len(items) < 50 if progress is None else not progress, {}
     # Questions about one image, free and multiple-choice ones apart.
     groups = groupby(range(len(items)), lambda i: (items[i].image_id, bool(items[i].choices)))
     parts = [{i: items[i] for i in n} for _, group in groups for n in batches_of([*group], batch)]
+    how: Any = {"variants": variants, "rules": rules, "normalized": length_normalized}
+    work = Prepared(partial(_answers, **how), _items)
     bar = tqdm(total=len(items), desc="comparing", unit="question", disable=hidden)
-    with bar, closing(samples_ahead(lvlm, [[*part.values()] for part in parts])) as prepared:
-        for part, (sample,) in zip(parts, prepared, strict=True):
-            lines.extend(_answer(lvlm, sample, part, variants, rules, length_normalized))
-            bar.update(len(part))
+    with bar, closing(each_part(lvlm, work, enumerate(parts), engine)) as made:
+        for number, lines in made:
+            done[number] = lines
+            bar.update(len(parts[number]))
+    lines = [line for number in sorted(done) for line in done[number]]
     return Comparison(pd.DataFrame(lines), variants[0][0])
+
+
+def _items(part: Mapping[int, Item]) -> list[Item]:
+    return [*part.values()]
+
+
+def _answers(
+    lvlm: LVLM, part: Mapping[int, Item], samples: Sequence[Sample], **how: Any
+) -> list[dict[str, Any]]:
+    """The lines of one batch."""
+    return list(_answer(lvlm, samples[0], part, **how))
 
 
 def _answer(

@@ -1,5 +1,7 @@
 """RandomControl: the same edit on other tokens, as many, as much attended, or of another image."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from sinkscope.checks import check_choice, check_whole, is_whole, typed
-from sinkscope.errors import InterventionError
+from sinkscope.errors import InterventionError, NoEffectError
 from sinkscope.experiments.sink_edits import by_layer, check_trace, other_positions, random_like
 from sinkscope.experiments.tracing import SinkTrace
 from sinkscope.interventions import LiveRule
@@ -130,7 +132,8 @@ class RandomControl:
     """The same edit on other tokens, image for image and text for text, that are sinks at no layer.
 
     Args:
-        intervention: Any intervention that edits ``tokens``, ``keys`` or a ``source``.
+        intervention: Any intervention that edits ``tokens``, ``keys`` or a ``source``; or a function of a
+            trace that gives one, or none, such as an `EditSinks`.
         match: ``"count"``: as many tokens in every row and layer. ``"mass"``: random tokens until they
             receive at least as much attention in the edited layers and heads (a selection by layer: in each
             layer), as a mean over the queries that see them, or over the intervention's ``queries``.
@@ -160,6 +163,8 @@ class RandomControl:
         if not is_whole(self.seed):
             raise InterventionError(f"Got seed={self.seed!r}; expected an int.")
         check_trace(trace, "a sample to edit")
+        if (own := self._own(trace)) is not self:
+            return own.draws(trace, donor, lvlm=lvlm)
         it, (_, mask) = self.intervention, edited(self.intervention, trace)
         if self.match == "position":
             donors: list[Any] = [*donor] if isinstance(donor, (list, tuple)) else [donor]
@@ -183,6 +188,9 @@ class RandomControl:
         ``score(run)`` gives one number per row; None is the KL divergence of the next token from the
         unedited run, in nats. ``donor`` is as for `draws`.
         """
+        check_trace(trace, "a sample to edit")
+        if (own := self._own(trace)) is not self:
+            return own.run(lvlm, trace, score, donor=donor)
         edits = (self.intervention, *self.draws(trace, donor, lvlm=lvlm))
         plain, name = lvlm.run(trace.sample, logits="last"), getattr(score, "__name__", "score")
         name = "KL of the next token from the unedited run (nats)" if score is None else name
@@ -195,6 +203,30 @@ class RandomControl:
             masses.append((received * mask).sum(dim=2).mean(dim=1))
         controls, mass = torch.stack(scores[1:]), torch.stack(masses[1:])
         return ControlResult(scores[0], controls, base, self.match, name, masses[0], mass)
+
+    def made(self, trace: SinkTrace) -> Any:
+        """The intervention for a trace, or None where the function that gives it finds nothing to edit."""
+        it = self.intervention
+        if isinstance(it, (type, nn.Module)) or not callable(it):
+            return it
+        found: Any = it(trace)
+        found = [*found] if isinstance(found, (list, tuple)) else [found]
+        if len(found) > 1:
+            raise InterventionError(
+                f"Got {len(found)} interventions for one trace; expected one, or none: the control of several "
+                "has no tokens of its own. Write a RandomControl for each."
+            )
+        return found[0] if found else None
+
+    def _own(self, trace: SinkTrace) -> RandomControl:
+        """The control of the intervention for a trace; itself if that was given."""
+        it = self.made(trace)
+        if it is None:
+            raise NoEffectError(
+                f"Got {self.intervention!r}, which finds nothing to edit in this trace; expected some "
+                "token. Choose another image, or ss.trace_dataset(..., control=...), which counts such."
+            )
+        return self if it is self.intervention else replace(self, intervention=it)
 
     def _on(self, tokens: Tensor, trace: SinkTrace) -> Any:
         """The intervention on other tokens; a target gives up what the new source takes."""

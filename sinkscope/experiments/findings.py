@@ -30,7 +30,8 @@ def best_of(
         return {**dict.fromkeys(CELL[:3], pd.NA), **missing, "n": 0, "images": 0, "note": note}
     means = changes[here].mean(axis=0)
     at = int(able[means[able].argmax()])
-    other, how = [*itertools.compress(images, ~here)], {"draws": draws, "seed": seed}
+    other = [*itertools.compress(images, ~here)]
+    how: Any = {"draws": draws, "seed": seed}
     delta, low, high = cluster_intervals(changes[~here][:, [at]], other, level=level, **how)[:, 0]
     edited = changes[:, acts.any(axis=0)]
     largest, null = sign_flip_maximum(edited, images, **how)

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,15 +15,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_whole
-from sinkscope.data.ahead import samples_ahead
 from sinkscope.data.batches import batches_of
 from sinkscope.data.items import LabelledImage, Target
 from sinkscope.detectors.rules import Detector
 from sinkscope.errors import InputError, SelectionError
 from sinkscope.experiments.statistics import cluster_bootstrap
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
-from sinkscope.models import LVLM
+from sinkscope.models import LVLM, Sample
 from sinkscope.probes import GroupMeans
+from sinkscope.scale.engine import Prepared, each_part
 
 FEWEST_TRAINING, FEWEST_TEST = 10, 2  # images that a probe needs in either part
 NONE = "none found"
@@ -97,57 +98,81 @@ class Features(NamedTuple):
     cell: Callable[[int, str], Cell]
 
 
+Numbered = tuple[int, LabelledImage]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What is read of every batch: groups by the rules of a trace, if they need one, at some layers."""
+
+    groups: Mapping[str, Group]
+    rules: tuple[Detector, Detector] | None
+    layers: tuple[int, ...]
+    site: str
+    seed: int
+    remote: bool | str | None
+
+
 def pool(
     lvlm: LVLM,
     items: Sequence[LabelledImage],
-    groups: Mapping[str, Group],
-    rules: tuple[Detector, Detector] | None,
+    how: Pooling,
     *,
-    layers: tuple[int, ...],
-    site: str,
     batch: int,
-    seed: int,
-    remote: bool | str | None,
+    engine: Any,
     hidden: bool,
 ) -> Features:
     """Mean states of every group, layer and record: a pass per batch, and one more to find sinks."""
-    means, counts, n_layers = [], [], lvlm.anatomy.language.n_layers
     numbers = batches_of(range(len(items)), batch)
-    parts = [[items[i] for i in some] for some in numbers]
-    bar = tqdm(numbers, desc="reading", unit="batch", disable=hidden)
-    with closing(samples_ahead(lvlm, parts)) as prepared:
-        for part, (sample,) in zip(bar, prepared, strict=True):
-            masks: list[Tensor] = []
-            trace = None if rules is None else trace_sinks(lvlm, sample, *rules, remote=remote)
-            for name, group in groups.items():
-                chosen: Any = getattr(group, "among", group)
-                try:
-                    chosen = chosen(trace) if callable(chosen) else chosen
-                    mask = sample.tokens.select(chosen, n_layers)
-                except SelectionError as error:
-                    raise InputError(f"The group {name!r}: {error}") from error
-                if isinstance(group, RandomGroup) and mask.ndim != 2:
-                    raise InputError(
-                        f"The group {name!r} draws among a mask of shape {tuple(mask.shape)}; expected "
-                        "the same candidates at all layers, [batch pos]. Write mask.all(dim=1) in the "
-                        "function."
-                    )
-                seeds = [(seed, number) for number in part]
-                masks += group.draw(mask, seeds) if isinstance(group, RandomGroup) else [mask]
-            probe = GroupMeans({str(i): mask for i, mask in enumerate(masks)}, layers, site=site)
-            result = lvlm.run(sample, [probe], logits="last", remote=remote)[probe]
-            # fp32 [batch layer column d_model], NaN where a group is empty
-            means.append(result.means)
-            counts.append(result.count)
+    parts = [[(i, items[i]) for i in some] for some in numbers]
+    bar = tqdm(total=len(parts), desc="reading", unit="batch", disable=hidden)
+    work, read = Prepared(partial(pool_batch, how=how), _items), {}
+    with bar, closing(each_part(lvlm, work, enumerate(parts), engine)) as done:
+        for number, found in done:
+            read[number] = found
+            bar.update()
+    means, counts = zip(*(read[number] for number in sorted(read)), strict=True)
     count = torch.cat(counts).numpy()
+    groups = how.groups
     columns = [name for name in groups for _ in range(getattr(groups[name], "repeats", 1))]
 
     def cell(layer: int, group: str) -> Cell:
-        at, own = layers.index(layer), [i for i, name in enumerate(columns) if name == group]
+        at, own = how.layers.index(layer), [i for i, name in enumerate(columns) if name == group]
         states = [torch.cat([part[:, at, i] for part in means]).double().numpy() for i in own]
         return Cell(layer, group, states, count[:, at, own[0]])
 
     return Features(count, cell)
+
+
+def _items(part: Sequence[Numbered]) -> list[LabelledImage]:
+    return [item for _, item in part]
+
+
+def pool_batch(
+    lvlm: LVLM, part: Sequence[Numbered], samples: Sequence[Sample], how: Pooling
+) -> tuple[Tensor, Tensor]:
+    """Means of one batch, fp32 ``[batch layer column d_model]`` (NaN where a group is empty), and counts."""
+    (sample,), masks = samples, []
+    rules, remote, n_layers = how.rules, how.remote, lvlm.anatomy.language.n_layers
+    trace = None if rules is None else trace_sinks(lvlm, sample, *rules, remote=remote)
+    for name, group in how.groups.items():
+        chosen: Any = getattr(group, "among", group)
+        try:
+            chosen = chosen(trace) if callable(chosen) else chosen
+            mask = sample.tokens.select(chosen, n_layers)
+        except SelectionError as error:
+            raise InputError(f"The group {name!r}: {error}") from error
+        if isinstance(group, RandomGroup) and mask.ndim != 2:
+            raise InputError(
+                f"The group {name!r} draws among a mask of shape {tuple(mask.shape)}; expected "
+                "the same candidates at all layers, [batch pos]. Write mask.all(dim=1) in the "
+                "function."
+            )
+        seeds = [(how.seed, number) for number, _ in part]
+        masks += group.draw(mask, seeds) if isinstance(group, RandomGroup) else [mask]
+    probe = GroupMeans({str(i): mask for i, mask in enumerate(masks)}, how.layers, site=how.site)
+    result = lvlm.run(sample, [probe], logits="last", remote=remote)[probe]
+    return result.means, result.count
 
 
 @dataclass(frozen=True)

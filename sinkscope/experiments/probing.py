@@ -21,6 +21,7 @@ from sinkscope.models.lvlm import LVLM
 from sinkscope.models.prompts import check_questions
 from sinkscope.probes.residual import check_site
 from sinkscope.results import Result
+from sinkscope.scale.engine import Ray, check_engine
 from sinkscope.viz.probes import plot_probes
 
 
@@ -137,6 +138,7 @@ def linear_probes(
     batch: int = 16,
     n_jobs: int = 1,
     remote: bool | str | None = None,
+    engine: str | Ray = "local",
     progress: bool | None = None,
 ) -> LinearProbes:
     """Train linear classifiers on mean states of token groups, per layer, group and target.
@@ -165,6 +167,8 @@ def linear_probes(
         seed: Of split, random tokens, shuffled labels and intervals.
         batch: Records per forward pass, which may be ``remote``, see `LVLM.run`.
         n_jobs: Processes that fit (joblib), -1 for all.
+        engine: ``"local"``, ``"ray"`` or a `sinkscope.scale.Ray`: batches of the passes are shared among its
+            workers, which get the groups. The fits are made here.
         progress: None shows bars from 50 records on.
 
     Raises:
@@ -177,6 +181,7 @@ def linear_probes(
     check_number(above=0, below=1, level=level, hint="Write 0.95.")
     check_whole(0, permutations=permutations, seed=seed)
     check_whole(1, draws=draws, batch=batch)
+    check_engine(engine)
     check_whole(1 if n_jobs != -1 else -1, n_jobs=n_jobs, hint="Or -1 for all processes.")
     options = pooling.Options(float(c), permutations, float(level), draws, seed)
     chosen = pooling.check_groups(pooling.sink_groups() if groups is None else groups)
@@ -191,14 +196,14 @@ def linear_probes(
     hidden = len(items) < 50 if progress is None else not progress
     rules, how = None, ""
     if any(callable(getattr(group, "among", group)) for group in chosen.values()):
-        some, what = items[:8], f"the first {len(items[:8])} records"
+        some, about = items[:8], f"the first {len(items[:8])} records"
         first = lvlm.prepare(images=[i.image for i in some], text=[i.question for i in some])
         found = SinkRules.on_others(
-            lvlm, lambda: [first], v_detector, l_detector, what=what, remote=remote
+            lvlm, lambda: [first], v_detector, l_detector, what=about, remote=remote
         )
         rules, how = (found.v, found.l_rule), found.chosen
-    where: Any = {"layers": wanted, "site": site, "batch": batch, "seed": seed, "remote": remote}
-    features = pooling.pool(lvlm, items, chosen, rules, **where, hidden=hidden)
+    what = pooling.Pooling(chosen, rules, wanted, site, seed, remote)
+    features = pooling.pool(lvlm, items, what, batch=batch, engine=engine, hidden=hidden)
     if not features.counts.any():
         raise InputError(
             f"No token of {list(chosen)} was found in any image; expected at least one group with "

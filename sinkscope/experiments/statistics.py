@@ -12,6 +12,7 @@ from sinkscope.errors import InputError
 from sinkscope.models.pictures import clusters_of
 
 BY = ("task", ALL)
+BLOCK = 2**23  # how many weights of clusters are drawn at once
 
 
 def by_task(table: pd.DataFrame, by: str) -> Iterator[tuple[str, Any]]:
@@ -88,7 +89,7 @@ def _times(rng: np.random.Generator, n: int, draws: int) -> np.ndarray:
 
 def _central(means: np.ndarray, level: float) -> Any:
     tail = (1 - level) / 2
-    return np.quantile(means, [tail, 1 - tail], axis=0)
+    return np.nanquantile(means, [tail, 1 - tail], axis=0)
 
 
 @typed
@@ -99,18 +100,32 @@ def cluster_intervals(
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
+    over: np.ndarray | None = None,
 ) -> np.ndarray:
     """Do `cluster_bootstrap` for columns ``[observation column]`` without NaN, with the same draws for all.
 
-    Gives ``[3 column]``: mean, low and high.
+    Gives ``[3 column]``: mean, low and high. With ``over``, as large as the values, it is the sum of the
+    values over the sum of these instead of the mean; NaN where that is 0.
     """
     _check(level, draws, seed, values, clusters)
     totals, counts = cluster_sums(values, clusters)
-    mean = values.mean(axis=0)
+    parts = counts[:, None] if over is None else cluster_sums(over, clusters)[0]
+    mean = values.mean(axis=0) if over is None else _ratio(totals.sum(axis=0), parts.sum(axis=0))
     if len(counts) < 2:
         return np.stack([mean, *np.full((2, len(mean)), np.nan)])
-    weights = _times(np.random.default_rng(seed), len(counts), draws)
-    return np.stack([mean, *_central((weights @ totals) / (weights @ counts)[:, None], level)])
+    rng, step, found = np.random.default_rng(seed), max(1, BLOCK // len(counts)), []
+    for at in range(0, draws, step):  # a few draws at a time: of many images they are large
+        weights = _times(rng, len(counts), min(step, draws - at))
+        found.append(_ratio(weights @ totals, weights @ parts))
+    drawn = np.concatenate(found)
+    drawn[:, nothing := np.isnan(drawn).all(axis=0)] = 0.0
+    low, high = np.where(nothing, np.nan, _central(drawn, level))
+    return np.stack([mean, low, high])
+
+
+def _ratio(totals: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    parts = np.broadcast_to(parts, totals.shape)
+    return np.divide(totals, parts, out=np.full(totals.shape, np.nan), where=parts != 0)
 
 
 def cluster_sums(values: np.ndarray, clusters: Sequence[object]) -> tuple[np.ndarray, np.ndarray]:

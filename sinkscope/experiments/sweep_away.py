@@ -27,7 +27,7 @@ from sinkscope.probes import LogitLens
 
 
 def sweep_away(
-    lvlm: LVLM, group: Sequence[Numbered], samples: Sequence[Sample], rules: Rules, tick: Any
+    lvlm: LVLM, group: Sequence[Numbered], samples: Sequence[Sample], rules: Rules, tick: Any = None
 ) -> tuple[list[Line], list[str]]:
     """Every cell of every question about an image, and notes, as `sweep_image` gives them.
 
@@ -47,7 +47,8 @@ def sweep_away(
         for block in rules.cells.blocks:
             for line in cells_of([prompt], base, block, rules, edited.read):
                 lines.append(line)
-                tick(1)
+                if tick is not None:
+                    tick(1)
         if sample.tokens.unmapped:
             notes.append(f"no V-sinks are known: {sample.tokens.unmapped}")
     return lines, notes

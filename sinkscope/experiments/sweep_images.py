@@ -150,7 +150,11 @@ def v_sinks(lvlm: LVLM, sample: Sample, detector: Detector, merge: str) -> Tenso
 
 @torch.no_grad()
 def sweep_image(
-    lvlm: LVLM, group: Sequence[Numbered], samples: Sequence[Sample], rules: Rules, tick: Any
+    lvlm: LVLM,
+    group: Sequence[Numbered],
+    samples: Sequence[Sample],
+    rules: Rules,
+    tick: Callable[[int], Any] | None = None,
 ) -> tuple[list[Line], list[str]]:
     """Every cell of every question about an image, and notes; ``tick`` is told how many are done."""
     first, end = samples[0].tokens, end_of_image(samples[0])
@@ -183,7 +187,8 @@ def sweep_image(
     lines = []
     for line in found:
         lines.append(line)
-        tick(1)
+        if tick is not None:
+            tick(1)
     return lines, notes
 
 

@@ -6,6 +6,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -16,7 +17,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sinkscope.checks import check_choice, check_whole, typed
-from sinkscope.data.ahead import samples_ahead
 from sinkscope.data.answers import Score, choose_score
 from sinkscope.data.items import Item, as_items, check_tasks
 from sinkscope.detectors import Calibration, Detector, NoSinks, SinkRules
@@ -25,7 +25,7 @@ from sinkscope.errors import InputError
 from sinkscope.experiments import sweep_grid
 from sinkscope.experiments.statistics import BY
 from sinkscope.experiments.sweep_away import sweep_away
-from sinkscope.experiments.sweep_grid import Cells, Groups, Pair, SweepCost
+from sinkscope.experiments.sweep_grid import Cells, Groups, Numbered, Pair, SweepCost
 from sinkscope.experiments.sweep_images import Batch, Line, Rules, sweep_image
 from sinkscope.experiments.sweep_result import MANIFEST, Folder, Sweep, as_frame, as_table
 from sinkscope.files import check_place, held, version_of
@@ -35,6 +35,7 @@ from sinkscope.models.pictures import ImageIds
 from sinkscope.models.prompts import check_questions
 from sinkscope.models.replay import check_replay
 from sinkscope.models.wrapping import evaluated
+from sinkscope.scale.engine import Prepared, Ray, check_engine, each_part
 from sinkscope.tokens import check_merge
 
 
@@ -53,6 +54,7 @@ def sweep(
     merge: str = "max",
     out: str | Path | None = None,
     batch: int | str = "auto",
+    engine: str | Ray = "local",
     progress: bool | None = None,
     dry_run: bool = False,
 ) -> Sweep | SweepCost:
@@ -81,6 +83,8 @@ def sweep(
         merge: See `trace_sinks`.
         out: A folder to write to and to continue from, or None to keep all in memory.
         batch: Pairs per forward pass; ``"auto"`` begins with all and halves when memory runs out.
+        engine: ``"local"``, ``"ray"`` or a `sinkscope.scale.Ray`: the images are shared among its workers, which
+            get ``score`` with all it refers to.
         progress: None shows a bar from 50 questions on.
         dry_run: Check all options and return the cost, a `SweepCost` to print. Nothing is run or left on
             disk, and no weights are needed (``remote=True`` will do).
@@ -99,6 +103,7 @@ def sweep(
     if batch != "auto":
         check_whole(1, batch=batch, hint="Or write batch='auto'.")
     check_merge(merge)
+    check_engine(engine)
     given = {"v_detector": v_detector, "l_detector": l_detector}
     _check_rules(given, calibration, cells.with_l)
     if lvlm.tokenizer is None:
@@ -132,7 +137,7 @@ def sweep(
     hidden = len(items) < 50 if progress is None else not progress
     busy = folder is not None and folder.missing()  # a finished one is only read
     with held(folder.path, "sweep") if folder and busy else nullcontext(), evaluated(lvlm.module):
-        made, heard = _run(lvlm, groups, rules, folder, hidden)
+        made, heard = _run(lvlm, groups, rules, folder, hidden, engine)
     if out is not None:
         return Sweep.load(out, by)
     notes = dict.fromkeys([*notes, *heard])
@@ -140,29 +145,35 @@ def sweep(
 
 
 def _run(
-    lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, hidden: bool
+    lvlm: LVLM, groups: Groups, rules: Rules, folder: Folder | None, hidden: bool, engine: Any
 ) -> tuple[list[Line], list[str]]:
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
-    lines, notes, each = [], [], len(rules.cells.layers) * len(rules.cells.pairs)
+    kept, each = {}, len(rules.cells.layers) * len(rules.cells.pairs)
     missing = list(range(len(groups))) if folder is None else folder.missing()
     total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
     bar = tqdm(total=total, initial=total - left, desc="sweeping", unit="cell", disable=hidden)
-    work = sweep_away if is_away(lvlm) else sweep_image
-    parts = [[item for _, item in groups[i]] for i in missing]
-    with bar, closing(samples_ahead(lvlm, parts, apart=True)) as prepared:
-        if missing:
-            first = groups[missing[0]][0][1]
-            sample = lvlm.prepare(images=first.image, text=first.question)
-            if not is_away(lvlm):
-                check_replay(lvlm, sample.inputs, rules.cells.blocks)
-        for i, samples in zip(missing, prepared, strict=True):
-            found, heard = work(lvlm, groups[i], samples, rules, bar.update)
+    one = sweep_away if is_away(lvlm) else sweep_image
+    here = check_engine(engine) is None
+    work = partial(one, rules=rules, tick=bar.update if here else None)
+    if missing and not is_away(lvlm):
+        first = groups[missing[0]][0][1]
+        sample = lvlm.prepare(images=first.image, text=first.question)
+        check_replay(lvlm, sample.inputs, rules.cells.blocks)
+    parts = ((i, groups[i]) for i in missing)
+    with bar, closing(each_part(lvlm, Prepared(work, _items, apart=True), parts, engine)) as done:
+        for i, (found, heard) in done:
+            if not here:
+                bar.update(len(found))
             if folder is None:
-                lines += found
-                notes += heard
+                kept[i] = found, heard
             else:
                 folder.write(i, found, heard)
-    return lines, notes
+    sides = [[one for i in sorted(kept) for one in kept[i][side]] for side in (0, 1)]
+    return sides[0], sides[1]
+
+
+def _items(group: Sequence[Numbered]) -> list[Item]:
+    return [item for _, item in group]
 
 
 def _choose_rules(

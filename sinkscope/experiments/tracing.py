@@ -1,7 +1,7 @@
 """trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, car
 from sinkscope.files import write_whole
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
-from sinkscope.results import Result
+from sinkscope.results import Result, in_rows
 from sinkscope.sites import Tower
 from sinkscope.tokens import check_merge
 from sinkscope.viz.layers import plot_trace
@@ -100,6 +100,13 @@ class SinkTrace(Result):
         found: dict[Tower, Tensor] = {"vision": self.v_sinks, "language": self.l_detection.mask}
         return {tower: self._outcome(tower) for tower, mask in found.items() if not mask.any()}
 
+    def outcomes_of(self, row: int) -> dict[Tower, str]:
+        """The `outcomes` of one row of the batch; positions count from its first token."""
+        images = (self.sample.tokens.vision.batch_row == row).nonzero().flatten().tolist()
+        found: Any = {"vision": (self.v_sinks, images), "language": (self.l_detection.mask, [row])}
+        left = {tower: rows for tower, (mask, rows) in found.items() if not mask[row].any()}
+        return {tower: self._outcome(tower, rows) for tower, rows in left.items()}
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What of the model or the sample could not be looked at, and what follows."""
@@ -115,8 +122,11 @@ class SinkTrace(Result):
                 )
         return tuple(notes)
 
-    def _outcome(self, tower: Tower) -> str:
+    def _outcome(self, tower: Tower, rows: Sequence[int] | None = None) -> str:
         rule, seen, found, layers = self._judged(tower)
+        places = range(len(found.mask)) if rows is None else rows
+        if len(places) < len(found.mask):
+            seen, found = in_rows(seen, places), in_rows(found, places)
         if tower == "vision" and (self.sample.tokens.unmapped or not layers):
             many = int(found.mask[:, layers].any(dim=1).sum())
             told = (
@@ -129,8 +139,12 @@ class SinkTrace(Result):
         rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
         whose = " of image" if tower == "vision" else " of row"
 
-        def called(_: int, row: int, pos: int) -> str:
-            return named(self, tower, row, pos) + f"{whose} {row}" * (len(found.mask) > 1)
+        def called(_: int, at: int, pos: int) -> str:
+            row, name = places[at], named(self, tower, places[at], pos)
+            if rows is not None and tower == "language":  # the padding of other rows does not count
+                first = int(self.sample.tokens.live[row].int().argmax())
+                name = f"{pos - first}{name.removeprefix(str(pos))}"
+            return name + f"{whose} {row}" * (len(places) > 1)
 
         return outcome_of(rule, [seen.at(layers)], tower, called)
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def open_checkpoint(
             where, revision=options["revision"] or "main"
         )
     return wrapped._module, wrapped.processor, wrapped
+
+
+def again(kind: Any, name: str | Path, **options: Any) -> Callable[[], Any]:
+    """A function that loads the same once more, in whatever folder; it can be pickled."""
+    folder = Path(name).expanduser()
+    where = folder.resolve() if folder.is_dir() else name
+    return partial(kind.from_pretrained, where, **options)
 
 
 def load(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -214,7 +222,8 @@ def identity_of(lvlm: Any) -> dict[str, Any]:
     """What must agree for two runs to be runs of one model, as plain values; takes an `LVLM`.
 
     The digest of how inputs are prepared takes the image processor's settings, and token ids and shapes
-    of a fixed question about a fixed image; no pixels, whose last bits may differ between machines.
+    of a fixed question about a fixed image; no pixels, whose last bits may differ between machines. A model
+    that is not here (``remote=True``) is known by its name.
     """
     anatomy, processor, prepared = lvlm.anatomy, lvlm.processor, None
     if processor is not None:

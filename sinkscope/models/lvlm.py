@@ -65,6 +65,7 @@ class LVLM:
         self.verified = False
         self._proofs: tuple[Any, Any] = ({}, None)
         self._verify = verify
+        self._made_by: Any = None  # a function that makes it again, on a worker
         self._open = OpenTrace(self._places.here, self._anatomy)
         self._maps = PatchMaps(module, stand_in)
         self._asked = self._unproven = False
@@ -101,13 +102,15 @@ class LVLM:
         check_choice((None, True, False), error=ModelError, verify=verify)
         check_path(name=name)
         options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
-        options["attn_implementation"] = attn_implementation
-        options["trust_remote_code"] = trust_remote_code
+        options |= dict(
+            attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
         options["quantization_config"] = quantization_config
         module, processor, by_name = loading.open_checkpoint(name, options, remote)
         lvlm = cls(module, processor, verify=verify if by_name is None else False)
         lvlm._places = wrapping.Places(module, processor, by_name, usual=remote)
         lvlm.name = str(name)
+        lvlm._made_by = loading.again(cls, name, **options, remote=remote, verify=verify)
         return lvlm
 
     @property

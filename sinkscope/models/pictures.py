@@ -164,7 +164,7 @@ def is_missing(value: Any) -> bool:
     return blank or bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
-def _text_of(image_id: Any) -> str | None:
+def text_of(image_id: Any) -> str | None:
     """An image id as text; None if it is missing, also where that has been turned into text."""
     if is_missing(image_id):
         return None
@@ -194,7 +194,7 @@ class ImageIds:
             raise InputError(f"Record {record} has no image; expected at least one.")
         try:
             pixels = PIXELS + "|".join(map(self._digest, images))
-            name = _text_of(image_id)
+            name = text_of(image_id)
         except InputError as error:
             raise InputError(f"Record {record}: {error}") from error
         given = name is not None
@@ -237,7 +237,7 @@ def clusters_of(image_ids: Iterable[Any]) -> list[str]:
 
     firsts: list[str] = []
     for place, image_id in enumerate(image_ids):
-        name = _text_of(image_id)
+        name = text_of(image_id)
         if name is None:
             got = f"Got image id {image_id!r} at place {place}; expected an id for every question"
             raise InputError(f"{got}. Leave such lines out, or give them ids of their own.")

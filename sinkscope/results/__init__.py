@@ -139,6 +139,18 @@ def in_layers(result: Any, layers: Sequence[int]) -> Any:
     return replace(result, layers=tuple(map(int, layers)), **some)
 
 
+def in_rows(result: Any, rows: Sequence[int]) -> Any:
+    """The same result of some rows of the batch, or some images of the vision tower."""
+    axes, some = axes_of(type(result)), {}
+    for f in fields(result):
+        value = getattr(result, f.name)
+        if isinstance(value, Result):
+            some[f.name] = in_rows(value, rows)
+        elif value is not None and axes.get(f.name, ("",))[0] in ("batch", "image"):
+            some[f.name] = value[list(rows)]
+    return replace(result, **some)
+
+
 def over_layers(result: Any, layers: Sequence[int]) -> Any:
     """The same result in all of some layers: NaN, -1 or False in those that it lacks."""
     if result.layers == tuple(layers):

@@ -370,3 +370,23 @@ def test_python_m_is_the_same_program(monkeypatch, capsys) -> None:
         runpy.run_module("sinkscope", run_name="__main__")
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"sinkscope {ss.__version__}\n"
+
+
+def test_trace_dataset_writes_tables_and_goes_on(planted, tmp_path, capsys):
+    words = [
+        str(planted / "model"),
+        str(planted),
+        "--out",
+        str(tmp_path / "out"),
+        "--prompt",
+        QUESTION,
+    ]
+    assert main(["trace-dataset", *words]) == 0
+    said = capsys.readouterr().out
+    assert "2 records" in said
+    assert "V-sinks: 2.00 per record; in 1.000 of the records" in said
+    report = {file.name for file in (tmp_path / "out" / "report").iterdir()}
+    assert report == {"kinds.csv", "by_layer.csv", "agreement.csv", "layers.png"}
+    assert main(["trace-dataset", *words]) == 0
+    assert main(["trace-dataset", *words, "--v-detector", "massive"]) == 2
+    assert "rules.v: there" in capsys.readouterr().err
