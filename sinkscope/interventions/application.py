@@ -100,12 +100,12 @@ def require_effects(
         raise NoEffectError(f"{name} {why} Write allow_noop=True if nothing may happen.")
 
 
-def with_kl(edited: Any, plain: Any, last: Tensor) -> Any:
+def with_kl(edited: Any, plain: Tensor, last: Tensor) -> Any:
     """Add ``KL(unedited || edited)`` of the next token, behind position ``last``, to all effects of a run."""
     logits = edited.logits.detach()
     if logits.shape[1] > 1:
         logits = logits[torch.arange(len(last)), last][:, None]
-    kl = kl_of_next(plain.logits, logits.cpu())
+    kl = kl_of_next(plain, logits.cpu())
     return replace(edited, effects={it: replace(x, kl=kl) for it, x in edited.effects.items()})
 
 

@@ -22,11 +22,12 @@ from sinkscope.models import kept, loading, runs, wrapping
 from sinkscope.models import requests as checking
 from sinkscope.models.inputs import Sample, make_sample
 from sinkscope.models.patch_map import PatchMap, PatchMaps
-from sinkscope.models.remote import Traffic, Wire, call_to
+from sinkscope.models.remote import call_to
 from sinkscope.models.report import Report, make_report
 from sinkscope.models.runs import Engine, Generation, Run, finish_run
 from sinkscope.models.stand_ins import stand_in
 from sinkscope.models.tracing import OpenTrace
+from sinkscope.models.wire import Traffic, Wire
 from sinkscope.protocols import Intervention, Probe
 from sinkscope.sites import Tower
 
@@ -122,10 +123,8 @@ class LVLM:
         known, get = self._anatomy, self._module.get_submodule
         towers = [tower for tower in (known.vision, known.language) if tower.blocks]
         firsts = [get(next(filter(None, tower.attention), tower.blocks[0])) for tower in towers]
-        if any(
-            kernel_of(getattr(first, "config", None)) != tower.kernel
-            for first, tower in zip(firsts, towers, strict=True)
-        ):
+        kernels = [kernel_of(getattr(first, "config", None)) for first in firsts]
+        if kernels != [tower.kernel for tower in towers]:
             self._anatomy = known.again(read_anatomy(self._module)).proven(*self._proofs)
         return self._anatomy
 
@@ -235,14 +234,15 @@ class LVLM:
         context, last = Context(self.anatomy, sample.tokens), sample.tokens.last
         plan = checking.plan_of(asked, edits, context, self, effects)
         chosen = runs.choose_engine(engine, where, self._module, [plan])
-        model, inputs, call = self._on(where, sample, job)
+        model, inputs, call = self._on(where, sample, job, last if kl and edits else None)
         made = runs.run_plan(model, inputs, plan, None if every else last, call, grad, chosen)
         self.traffic = call.traffic if call else self.traffic
         out = finish_run(made, asked, context, edits)
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
-        plain = self.run(sample, logits="last", remote=remote, engine=engine)
+        again = {"logits": "last", "remote": False, "engine": engine}
+        plain = call.plain if call else self.run(sample, **again).logits
         return application.with_kl(out, plain, last)
 
     @typed
@@ -342,11 +342,11 @@ class LVLM:
         """Anatomy, and whether every probe and edit is exact, approximate or unavailable, and why."""
         return make_report(self)
 
-    def _on(self, where: Any, sample: Sample, job: str | None = None) -> tuple[Any, Any, Any]:
+    def _on(self, where: Any, sample: Sample, *how: Any) -> tuple[Any, Any, Any]:
         """The wrapped model for a run there, the inputs on its device, and what carries it there, or None."""
-        call = call_to(where, self.wire, job)
-        model = self._places.model("local" if job else where, self.name)  # a job needs no hub
-        return model, self._places.placed(sample.inputs), call
+        call = call_to(where, self.wire, *how)
+        there = "local" if call and call.job_id else where  # to fetch a result no hub is needed
+        return self._places.model(there, self.name), self._places.placed(sample.inputs), call
 
     def __iter__(self) -> Iterator[Any]:
         write = "lvlm.module.get_submodule(path) for the module at one of the paths of lvlm.anatomy"

@@ -1,13 +1,12 @@
 """Send a run to a server, wait for it under a job id, fetch what it saved, and count the bytes on the way."""
 
+import ast
 import io
 import pickle
 import random
 import sys
 import time
-import traceback
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -19,9 +18,12 @@ from nnsight.intervention.backends.local import LocalSimulationBackend
 from nnsight.intervention.backends.remote import RemoteBackend
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel, Status
+from nnsight.tracing.util import SerializedFrame
+from torch import Tensor
 
-from sinkscope.checks import check_number, check_whole
 from sinkscope.errors import InputError, RemoteError
+from sinkscope.models.requests import mark_of
+from sinkscope.models.wire import ServerError, Traffic, Wire
 
 CONNECT = 10.0  # seconds until a server must have taken the connection
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a call is made again; doubled every time
@@ -34,77 +36,15 @@ GARBAGE = (ValueError, TypeError, LookupError, AttributeError, ImportError, EOFE
 GARBAGE += (OSError, zstandard.ZstdError, pickle.UnpicklingError)
 
 
-@dataclass(frozen=True)
-class Wire:
-    """How long an `LVLM` waits for a server: ``lvlm.wire = Wire(timeout=600)``.
-
-    The server's address and your key stand in ``nnsight.CONFIG.API``.
-
-    Attributes:
-        timeout: Seconds to wait for one job, in the queue and running.
-        patience: Seconds to wait for the answer to one call.
-        retries: How often a call that changes nothing on the server is made again, after pauses of about
-            0.5, 1, 2, ... seconds.
-    """
-
-    timeout: float = 3600.0
-    patience: float = 60.0
-    retries: int = 5
-
-    def __post_init__(self) -> None:
-        check_number(above=0, timeout=self.timeout, patience=self.patience)
-        check_whole(0, retries=self.retries)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What one remote run has cost.
-
-    Attributes:
-        up: Bytes sent: the bodies of all calls that were answered, without headers.
-        down: Bytes received: the bodies of the answers, as they came, compressed.
-        queued: Seconds from the server's receipt until the job was seen to run.
-        running: Seconds from then until it was seen to be done.
-        job_id: The server's name for the job; None for ``"local"``, which has no times either.
-    """
-
-    up: int
-    down: int
-    queued: float = 0.0
-    running: float = 0.0
-    job_id: str | None = None
-
-
-class ServerError(RemoteError):
-    """A run raised an error on the server: its ``kind``, what it ``said``, its ``frames``, the whole ``text``."""
-
-    def __init__(self, message: str, text: str = "") -> None:
-        super().__init__(message)
-        self.text = text
-        self.kind, self.said, self.frames = read_traceback(text)
-
-
 class Unanswered(Exception):  # noqa: N818  an answer that is missing is no error yet
     """A call brought no answer: what came, whether to call again, and after how many seconds, as text."""
 
 
-def read_traceback(text: str) -> tuple[str, str, list[traceback.FrameSummary]]:
-    """Kind, message and frames of the last traceback in a text; NDIF says the message once more below it."""
-    lines = text.rpartition("Traceback (most recent call last):\n")[2].splitlines()
-    frames: list[traceback.FrameSummary] = []
-    while lines and (lines[0].startswith(" ") or not lines[0]):
-        head, *line = lines.pop(0).split('"')
-        if head == "  File " and len(line) == 2:
-            number, _, name = line[1].removeprefix(", line ").partition(", in ")
-            source = lines[0].strip() if lines and lines[0].startswith("    ") else ""
-            frames.append(traceback.FrameSummary(line[0], int(number), name, line=source))
-    kind, _, said = "\n".join(lines).strip().partition(": ")
-    once, _, again = said.rpartition("\n\n")
-    return kind.rpartition(".")[2], once if once == again else said, frames
-
-
 class DryRun(LocalSimulationBackend):
     """nnsight's ``"local"``: the way of a remote run without a server; what it would send is measured."""
+
+    plain_at: Tensor | None = None
+    plain: Any = None
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -137,7 +77,14 @@ class Job(RemoteBackend):
     Args:
         where: True for the server of ``nnsight.CONFIG.API``, or its address.
         job_id: A job that was sent before, and is not sent again.
+
+    Attributes:
+        plain_at: Positions ``[batch]`` whose logits to bring from one more pass, without edits, or None.
+        plain: Those logits.
     """
+
+    plain_at: Tensor | None = None
+    plain: Any = None
 
     def __init__(self, where: bool | str, wire: Wire, job_id: str | None = None) -> None:
         address = where.rstrip("/") if isinstance(where, str) else None
@@ -173,6 +120,22 @@ class Job(RemoteBackend):
         self.job_id, self.sent = response.id, time.monotonic()
         self._note(response)
 
+    def _serialize(self, tracer: Any) -> bytes:
+        """The payload, under a file name of the block's own.
+
+        A server reads the source of one name once, for all requests: blocks of two versions of one file, or
+        two blocks inside which others are, would be taken for each other.
+        """
+        frame, node = tracer.info.frame, tracer.node
+        own = f"{frame.f_code.co_filename} [{mark_of(node.lineno, ast.unparse(node))}]"
+        named = SerializedFrame(own, frame.f_code.co_firstlineno, frame.f_code.co_name)
+        named.f_locals, named.f_globals = dict(frame.f_locals), frame.f_globals
+        tracer.info.frame = named
+        try:
+            return super()._serialize(tracer)
+        finally:
+            tracer.info.frame = frame
+
     def wait(self, *names: str) -> list[Any]:
         """The saved values of these names, of which the first is a list that begins with the `mark`.
 
@@ -199,10 +162,8 @@ class Job(RemoteBackend):
         return [found.get(name) for name in names]
 
     def _read_result(self, content: bytes) -> dict[str, Any]:
-        """What was saved; ValueError if it is no dict."""
-        if not isinstance(made := self.finalize(content), dict):
-            raise ValueError(f"got a {type(made).__name__}; expected a dict of saved values")
-        return made
+        """What was saved; ValueError or TypeError if it is no dict."""
+        return dict(self.finalize(content))
 
     def _note(self, response: ResponseModel) -> bool:
         """Whether a status says that the job is done; RemoteError if it says that it failed."""
@@ -218,9 +179,8 @@ class Job(RemoteBackend):
             return response.status == Status.COMPLETED
         self.job_id = None  # there is nothing to come back to
         if "Traceback (most recent call last)" in said:
-            kind, what, _ = read_traceback(said)
-            got = f"The run failed on {self.host} with {kind}: {what}"
-            raise ServerError(f"{got}\nThe server's traceback is the error's .text.", said)
+            got = f"The run failed on {self.host}: {said.splitlines()[-1]}"
+            raise ServerError(f"{got}\n{said}", said)
         name = self.model_key.partition(":")[2] or "the model of this job"
         got = f"{self.host} did not run {name} ({said})"
         write = "print(nnsight.status()) for what it hosts"
@@ -332,8 +292,10 @@ Call = Job | DryRun
 """What carries a run to where the model is."""
 
 
-def call_to(where: bool | str, wire: Any, job: str | None = None) -> Call | None:
-    """What carries a run there, None for a run here; InputError for a job without a server."""
+def call_to(
+    where: bool | str, wire: Any, job: str | None = None, plain_at: Tensor | None = None
+) -> Call | None:
+    """What carries a run there, None for a run here; InputError for a job without a server. See `Job`."""
     if not isinstance(wire, Wire):
         got = f"Got lvlm.wire={wire!r}; expected a Wire"
         raise InputError(f"{got}. Write lvlm.wire = ss.models.Wire(timeout=600).")
@@ -341,5 +303,9 @@ def call_to(where: bool | str, wire: Any, job: str | None = None) -> Call | None
         if job is not None:
             got = f"Got job={job!r} with remote={where!r}; expected the server that has the job"
             raise InputError(f"{got}. Write remote=True, or its address.")
-        return DryRun() if where else None
-    return Job(where, wire, job)
+        made = DryRun() if where else None
+    else:
+        made = Job(where, wire, job)
+    if made is not None:
+        made.plain_at = plain_at
+    return made

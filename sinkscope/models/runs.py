@@ -15,9 +15,10 @@ from sinkscope import errors
 from sinkscope.anatomy.context import Context
 from sinkscope.checks import check_choice
 from sinkscope.models import hooks
-from sinkscope.models.remote import Call, ServerError
+from sinkscope.models.remote import Call
 from sinkscope.models.requests import Plan
 from sinkscope.models.tracing import Model, generate_traced, run_traced
+from sinkscope.models.wire import ServerError, read_traceback
 from sinkscope.models.wrapping import Inputs, Wrapped
 from sinkscope.protocols import Effect, Intervention, Probe, effect_from
 from sinkscope.results import Result, find, names_of
@@ -36,7 +37,7 @@ def explained(*, moved: bool) -> Iterator[None]:
     try:
         yield
     except ServerError as error:
-        if ours := translated(error.kind, error.said, error.frames, moved=moved):
+        if ours := translated(*read_traceback(error.text), moved=moved):
             raise ours from error
         raise
     except (ValueError, RuntimeError, IndexError) as error:

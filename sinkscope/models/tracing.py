@@ -68,20 +68,30 @@ def ready_to_trace(
 def run_traced(
     model: Model, inputs: Inputs, plan: Plan, last: Tensor | None, call: Call | None, grad: bool
 ) -> tuple[Any, Tensor]:
-    """Answers and logits of one forward pass, through nnsight."""
+    """Answers and logits of one forward pass, through nnsight, and for ``call.plain_at`` one without edits."""
     save, go, pick = nnsight.save, walk, last_logits  # a block that travels takes locals along
-    mark = marked(call, inputs, plan, last)
+    at = None if call is None else call.plain_at
+    mark = marked(call, inputs, plan, last, at)
     answers: Any = None
     logits: Any = None
+    plain: Any = None
     if call is None or call.job_id is None:
-        with (
-            ready_to_trace(model, plan, grad=grad, where=call is not None) as traced,
-            traced.trace(**inputs, **carried(call, traced)) as tracer,
-        ):
-            answers = save([mark, go(traced, tracer, plan)])
-            logits = save(pick(traced.output.logits, last, grad))
+        with ready_to_trace(model, plan, grad=grad, where=call is not None) as traced:
+            if at is None:
+                with traced.trace(**inputs, **carried(call, traced)) as tracer:
+                    answers = save([mark, go(traced, tracer, plan)])
+                    logits = save(pick(traced.output.logits, last, grad))
+            else:
+                with traced.session(**carried(call, traced)):
+                    with traced.trace(**inputs) as tracer:
+                        answers = save([mark, go(traced, tracer, plan)])
+                        logits = save(pick(traced.output.logits, last))
+                    with traced.trace(**inputs):
+                        plain = save(pick(traced.output.logits, at))
     if isinstance(call, Job):
-        answers, logits = call.wait("answers", "logits")
+        answers, logits, plain = call.wait("answers", "logits", "plain")
+    if call is not None:
+        call.plain = plain
     if logits is None:
         got = "The forward pass ended while a probe still waited for attention windows"
         wanted = "windows that cover the sequence. Please report this model: its anatomy is wrong"

@@ -20,6 +20,7 @@ import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError, ProbeError, RemoteError
 from sinkscope.models import Traffic, Wire
 from sinkscope.models import remote as wires
+from sinkscope.models.wire import ServerError
 from sinkscope.probes import Read
 from sinkscope.testing import random_image
 from tests.remote.conftest import REPOSITORIES
@@ -239,13 +240,11 @@ class Wrong:
 
 def test_an_error_on_the_server(there, loopback):
     loopback.tell({"at": "job", "error": "out of luck"})
-    with pytest.raises(
-        RemoteError, match=r"failed on http.* with RuntimeError: out of luck"
-    ) as caught:
+    with pytest.raises(RemoteError, match=r"The run failed on http.*: out of luck\n") as caught:
         there.run(question(there))
     assert "in work" in caught.value.text
     assert caught.value.job_id is None
-    with pytest.raises(RemoteError, match="with ValueError: a kernel of the user's"):
+    with pytest.raises(RemoteError, match="ValueError: a kernel of the user's"):
         there.run(question(there), [Wrong()])
 
 
@@ -390,6 +389,38 @@ def test_what_stands_for_the_wire_is_checked(held):
 def test_errors_and_costs_can_be_sent_to_another_process():
     error = pickle.loads(pickle.dumps(RemoteError("lost", "job-1")))
     assert (str(error), error.job_id) == ("lost", "job-1")
-    again = pickle.loads(pickle.dumps(wires.ServerError("no", "Traceback")))
+    again = pickle.loads(pickle.dumps(ServerError("no", "Traceback")))
     assert again.text == "Traceback"
     assert pickle.loads(pickle.dumps(Traffic(1, 2))) == Traffic(1, 2)
+
+
+def test_blocks_of_one_file_are_not_taken_for_each_other(there, held):
+    """nnsight keeps the source of a file for the life of a server: generate has blocks inside of its
+    block, and so has a run with kl, elsewhere in the file."""
+    sample, edit = question(there), ss.MaskKeys("image", [1])
+    for _ in range(2):
+        want = held.run(question(held), [], [edit], kl=True, logits="last")
+        assert torch.equal(
+            there.run(sample, [], [edit], kl=True).effects[edit].kl, want.effects[edit].kl
+        )
+        here = held.generate(question(held), max_new_tokens=2).sequences
+        assert torch.equal(there.generate(sample, max_new_tokens=2).sequences, here)
+
+
+@pytest.mark.parametrize("where", [True, "local"])
+def test_kl_is_one_request(held, loopback, where):
+    """The pass without edits is in it; its logits are those of a run of its own."""
+    sample, edit = question(held), ss.MaskKeys("image", [1])
+    want = held.run(sample, [MASS], [edit], kl=True, logits="last")
+    got = held.run(sample, [MASS], [edit], kl=True, remote=where)
+    assert torch.equal(want.logits, got.logits)
+    assert torch.equal(want[MASS].mass, got[MASS].mass)
+    assert torch.equal(want.effects[edit].kl, got.effects[edit].kl)
+    assert want.effects[edit].kl.item() > 0
+    assert calls(loopback)[0] == (where is True)
+    if where is True:
+        job = held.traffic.job_id
+        again = held.run(sample, [MASS], [edit], kl=True, remote=where, job=job)
+        assert torch.equal(want.effects[edit].kl, again.effects[edit].kl)
+        with pytest.raises(InputError, match="answers another call"):
+            held.run(sample, [MASS], [edit], remote=where, job=job)
