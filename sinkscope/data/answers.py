@@ -14,6 +14,7 @@ from sinkscope.data.batches import IGNORED, Ids, TokenScores, answer_ids, padded
 from sinkscope.data.items import Item
 from sinkscope.errors import InputError
 from sinkscope.interventions.application import allowing_noop, check_interventions
+from sinkscope.kernels.walk import Saying
 from sinkscope.models.inputs import Sample
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.requests import GREEDY
@@ -85,20 +86,17 @@ def score_options(
         touched = touched_rows([run], [1] * len(items))
         logs = found.logprobs[:, 0].cpu().masked_fill(wanted == IGNORED, float("-inf"))
         return logs, touched, found.greedy.cpu() == wanted
-    from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor
-
     scores, exact = [], []
     seen, start = torch.zeros(len(items), dtype=torch.bool), sample.tokens.ids.shape[1]
     for i in range(max(map(len, options))):
         forced = [row[min(i, len(row) - 1)] for row in options]
         ids = padded(forced, IGNORED, "right")
 
-        def allowed(row: int, so_far: Tensor, forced: Sequence[Tensor] = forced) -> list[int]:
-            # force the option's tokens, and repeat the last where others are longer
-            return [int(forced[row][min(len(so_far) - start, len(forced[row]) - 1)])]
-
-        only = LogitsProcessorList([PrefixConstrainedLogitsProcessor(allowed, num_beams=1)])
-        how: dict[str, Any] = {"logits_processor": only, **GREEDY}
+        # The option's tokens are forced; its last is repeated where others are longer.
+        said = torch.stack(
+            [one[torch.arange(ids.shape[1]).clamp(max=len(one) - 1)] for one in forced]
+        )
+        how: dict[str, Any] = {"logits_processor": [Saying(said, start)], **GREEDY}
         out = lvlm.generate(sample, [], edits, max_new_tokens=ids.shape[1], **how)
         found = TokenScores.of(torch.cat([run.logits[:, -1:] for run in out.steps], dim=1), ids)
         gone = torch.tensor([i >= len(row) for row in options])

@@ -266,6 +266,20 @@ def walk(root, tracer, plan, number=0, memory=None):
     return brought(out)
 
 
+class Saying:
+    """A logits processor: ``generate`` says ``tokens`` ``[batch n]`` behind a prompt of ``start`` positions, and
+    then the last of them again. It travels, where those of transformers may not be loaded."""
+
+    def __init__(self, tokens, start):
+        self.tokens, self.start = tokens, start
+
+    def __call__(self, ids, scores):
+        """Scores that leave one token for each row."""
+        step = min(ids.shape[1] - self.start, self.tokens.shape[1] - 1)
+        only = torch.full_like(scores, -float("inf"))
+        return only.scatter(1, self.tokens[:, step, None].to(scores.device), 0.0)
+
+
 def last_logits(logits, last=None, graph=False):
     """Logits ``[batch pos vocab]`` of all positions, or of ``last``; ``graph`` keeps the graph."""
     if last is not None:
