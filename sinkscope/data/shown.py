@@ -119,7 +119,7 @@ def _read(record: Any, number: int, question: str, taken: set[str], skip: bool) 
             record.get if isinstance(record, Mapping) else lambda name: getattr(record, name, None)
         )
         asked = next((one for one in (get("question"), get("text")) if one is not None), question)
-        check_texts(number, {"question": asked}, blank=True)
+        check_texts(number, {"question": asked}, blank=False)
         images = found["image"] if isinstance(found["image"], (list, tuple)) else [found["image"]]
         if not images:
             raise InputError(f"Record {number} has an empty list of images; expected at least one.")

@@ -35,7 +35,7 @@ def trace_dataset(
     dataset: Any,
     out: str | Path,
     *,
-    question: str = "",
+    question: str = "Describe the image.",
     v_detector: Detector | None = None,
     l_detector: Detector | None = None,
     calibration: Calibration | None = None,
@@ -141,7 +141,7 @@ def _check(plan: Plan, part: int, question: str) -> None:
     check_choice(("stop", "skip"), errors=plan.errors)
     check_flags(masses=plan.masses)
     check_whole(1, batch=plan.batch, part=part)
-    if not isinstance(question, str):
+    if not isinstance(question, str) or not question.strip():
         raise InputError(f"Got question={question!r}; expected a text for records without one.")
     if plan.control is None:
         return
