@@ -170,7 +170,7 @@ def _sealed(one: Shown) -> Shown:
 
 
 def digest_of_image(image: Any) -> str:
-    """A digest of a picture: of the bytes of a file, of an address, or of pixels; of what cannot be read, its name."""
+    """A digest of a picture: of the bytes of a file, an address, pixels, or the name of what is unreadable."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     try:

@@ -52,8 +52,8 @@ def trace_dataset(
 ) -> DatasetTrace:
     """Trace the sinks of every image of a data set: one line per sink and one per record, in a folder.
 
-    Records are read as they are needed; never more than two parts of them are in memory. A run that was stopped
-    goes on where it was: the same call reads the records again, and traces those that are not done.
+    Records are read as they are needed; never more than two parts of them are in memory. A run that was
+    stopped goes on where it was: the same call reads the records again, and traces those that are not done.
 
     Args:
         lvlm: The model.
@@ -63,9 +63,10 @@ def trace_dataset(
             ``text`` and ``image_id``. Other columns of a dict are kept under their names.
         out: The folder to write to and to continue from.
         question: What is asked about images without a question.
-        v_detector: As in `trace_sinks`, also ``l_detector``, ``calibration``, ``merge`` and ``draws``: without
-            rules, published constants, else the gap rule on each image by itself. The rules are the same for
-            the whole run; to judge all images by the same numbers, give a ``calibration`` on some of them.
+        v_detector: As in `trace_sinks`, also ``l_detector``, ``calibration``, ``merge`` and ``draws``:
+            without rules, published constants, else the gap rule on each image by itself. The rules are the
+            same for the whole run; to judge all images by the same numbers, give a ``calibration`` on some of
+            them.
         masses: Whether a second pass measures the attention mass on every group of tokens, and what other
             rules flag: the norm rule (`Norm`), massive activations, attention of 5 times uniform, and
             published constants of the model.
