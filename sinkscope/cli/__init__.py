@@ -167,7 +167,7 @@ def trace_dataset(
     data: Annotated[str, says("A folder of pictures, or a .jsonl/.json/.csv/.parquet file.")],
     /,
     *,
-    prompt: Annotated[str, says("What to ask about images without a question.")] = "",
+    prompt: Annotated[str, says("What to ask about images without one.")] = "Describe the image.",
     out: Annotated[
         str, says("Folder of the tables; continued if it is there.")
     ] = "sinkscope-dataset",

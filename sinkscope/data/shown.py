@@ -119,7 +119,7 @@ def _read(record: Any, number: int, question: str, taken: set[str], skip: bool) 
             record.get if isinstance(record, Mapping) else lambda name: getattr(record, name, None)
         )
         asked = next((one for one in (get("question"), get("text")) if one is not None), question)
-        check_texts(number, {"question": asked}, blank=True)
+        check_texts(number, {"question": asked}, blank=False)
         images = found["image"] if isinstance(found["image"], (list, tuple)) else [found["image"]]
         if not images:
             raise InputError(f"Record {number} has an empty list of images; expected at least one.")
@@ -170,7 +170,7 @@ def _sealed(one: Shown) -> Shown:
 
 
 def digest_of_image(image: Any) -> str:
-    """A digest of a picture: of the bytes of a file, of an address, or of pixels; of what cannot be read, its name."""
+    """A digest of a picture: of the bytes of a file, an address, pixels, or the name of what is unreadable."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     try:

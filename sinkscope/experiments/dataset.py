@@ -35,7 +35,7 @@ def trace_dataset(
     dataset: Any,
     out: str | Path,
     *,
-    question: str = "",
+    question: str = "Describe the image.",
     v_detector: Detector | None = None,
     l_detector: Detector | None = None,
     calibration: Calibration | None = None,
@@ -52,8 +52,8 @@ def trace_dataset(
 ) -> DatasetTrace:
     """Trace the sinks of every image of a data set: one line per sink and one per record, in a folder.
 
-    Records are read as they are needed; never more than two parts of them are in memory. A run that was stopped
-    goes on where it was: the same call reads the records again, and traces those that are not done.
+    Records are read as they are needed; never more than two parts of them are in memory. A run that was
+    stopped goes on where it was: the same call reads the records again, and traces those that are not done.
 
     Args:
         lvlm: The model.
@@ -63,9 +63,10 @@ def trace_dataset(
             ``text`` and ``image_id``. Other columns of a dict are kept under their names.
         out: The folder to write to and to continue from.
         question: What is asked about images without a question.
-        v_detector: As in `trace_sinks`, also ``l_detector``, ``calibration``, ``merge`` and ``draws``: without
-            rules, published constants, else the gap rule on each image by itself. The rules are the same for
-            the whole run; to judge all images by the same numbers, give a ``calibration`` on some of them.
+        v_detector: As in `trace_sinks`, also ``l_detector``, ``calibration``, ``merge`` and ``draws``:
+            without rules, published constants, else the gap rule on each image by itself. The rules are the
+            same for the whole run; to judge all images by the same numbers, give a ``calibration`` on some of
+            them.
         masses: Whether a second pass measures the attention mass on every group of tokens, and what other
             rules flag: the norm rule (`Norm`), massive activations, attention of 5 times uniform, and
             published constants of the model.
@@ -141,7 +142,7 @@ def _check(plan: Plan, part: int, question: str) -> None:
     check_choice(("stop", "skip"), errors=plan.errors)
     check_flags(masses=plan.masses)
     check_whole(1, batch=plan.batch, part=part)
-    if not isinstance(question, str):
+    if not isinstance(question, str) or not question.strip():
         raise InputError(f"Got question={question!r}; expected a text for records without one.")
     if plan.control is None:
         return

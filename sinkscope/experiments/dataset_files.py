@@ -1,7 +1,7 @@
 """The folder of a traced data set: the columns of its tables, and its sealed parts.
 
-A folder holds ``manifest.json`` (what was run), ``.lock`` (held by the process that writes), and for every part
-of the data set ``images-...parquet``, ``sinks-...parquet``, with a control ``control-...parquet``, and
+A folder holds ``manifest.json`` (what was run), ``.lock`` (held by the process that writes), and for every
+part of the data set ``images-...parquet``, ``sinks-...parquet``, with a control ``control-...parquet``, and
 ``part-...json``, which is written last and seals them: without it a part is not there. ``end.json`` says that
 the data set was read to its end. The name of a part is its place and a digest of its records.
 """
@@ -52,7 +52,7 @@ SCHEMAS = {"images": pa.schema(IMAGES), "sinks": pa.schema(SINKS), "control": pa
 
 
 class Parts:
-    """The parts in the folder of one run, by name; CheckpointError for one that was damaged or is another's."""
+    """The parts in the folder of one run, by name; CheckpointError for one that was damaged."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self.tables = path, list(SCHEMAS)[: 2 + bool(manifest["control"])]

@@ -56,7 +56,7 @@ def others_of(lvlm: LVLM, tower: Tower) -> dict[str, Detector]:
 
 
 def trace_part(lvlm: LVLM, chunk: Sequence[Shown], plan: Plan) -> dict[str, pa.Table]:
-    """The tables of a part of a data set; InputError or NonFiniteError, which name the record, with ``"stop"``."""
+    """Trace a part of a data set into tables; an error names its record, if it is not skipped."""
     lines: dict[str, list[dict[str, Any]]] = {"images": [], "sinks": [], "control": []}
     good = [one for one in chunk if not one.problem]
     groups = [good[at : at + plan.batch] for at in range(0, len(good), plan.batch)]

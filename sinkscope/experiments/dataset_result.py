@@ -29,9 +29,10 @@ KINDS = ("V", "L", "text", "attention")
 class DatasetTrace:
     """The sinks of a data set, in a folder; tables are read when they are asked for.
 
-    ``settings`` say what was run, ``parts`` are the names of what is done, ``finished`` is whether that is all.
-    Means count every record once; intervals resample images (records with one ``image_id``), at ``level``, by
-    ``draws`` and ``seed`` of `cluster_intervals`. Records that could not be read are in `images` only.
+    ``settings`` say what was run, ``parts`` are the names of what is done, ``finished`` is whether that is
+    all. Means count every record once; intervals resample images (records with one ``image_id``), at
+    ``level``, by ``draws`` and ``seed`` of `cluster_intervals`. Records that could not be read are in
+    `images` only.
     """
 
     folder: Path
@@ -53,7 +54,7 @@ class DatasetTrace:
         return cls(path, found, tuple(sorted(parts.known)), parts.ended())
 
     def dataset(self, table: str = "sinks") -> pads.Dataset:
-        """``"images"``, ``"sinks"`` or ``"control"`` as a ``pyarrow`` data set, which reads what is asked for."""
+        """Open ``"images"``, ``"sinks"`` or ``"control"`` as a ``pyarrow`` data set, which reads lazily."""
         names = list(SCHEMAS)[: 2 + bool(self.settings["control"])]
         check_choice(names, table=table, hint="'control' needs trace_dataset(..., control=...).")
         files = [str(self.folder / f"{table}-{name}.parquet") for name in self.parts]
@@ -95,7 +96,7 @@ class DatasetTrace:
         return ids, {name: np.array(values) for name, values in found.items()}
 
     def kinds(self, **intervals: Any) -> pd.DataFrame:
-        """Per kind of sink: how many a record has, and the share of records with at least one, with intervals.
+        """Count the sinks of each kind per record, and give the share of records with one, with intervals.
 
         Columns are kind, mean, mean_low, mean_high, share, low and high; kinds are those of `SinkRecord`.
         """
@@ -109,11 +110,11 @@ class DatasetTrace:
         return pd.DataFrame({"kind": KINDS} | dict(zip(names, np.concatenate(parts), strict=True)))
 
     def by_layer(self, **intervals: Any) -> pd.DataFrame:
-        """Per LLM layer and group of tokens: how many tokens, and the attention mass on them, with intervals.
+        """Measure every group of tokens by LLM layer: how many, and the attention mass, with intervals.
 
-        Columns are layer, group (those of `SinkTrace.groups`), tokens (mean per record; V-sinks are as many in
-        every layer), tokens_low, tokens_high, mass (mean over heads, queries and records, 0 to 1), low, high
-        and null (uniform attention); NaN where that was not measured or counted.
+        Columns are layer, group (those of `SinkTrace.groups`), tokens (mean per record; V-sinks are as many
+        in every layer), tokens_low, tokens_high, mass (mean over heads, queries and records, 0 to 1), low,
+        high and null (uniform attention); NaN where that was not measured or counted.
         """
         layers, many = self.settings["layers"], len(self.settings["layers"])
         names = [f"{what}_{name}" for name in GROUPS.values() for what in ("mass", "null")]
@@ -138,7 +139,7 @@ class DatasetTrace:
         return bool(self.settings["masses"])
 
     def places(self, cells: int = 16) -> dict[str, np.ndarray]:
-        """Where on the picture sinks are: per kind, sinks ``[row column]`` on ``cells`` x ``cells`` equal cells.
+        """Count where on the picture sinks are: per kind ``[row column]``, on ``cells`` x ``cells`` cells.
 
         A sink counts in the cells that its patches cover, by the shares of its area.
         """
@@ -153,11 +154,11 @@ class DatasetTrace:
         return found
 
     def agreement(self, **intervals: Any) -> pd.DataFrame:
-        """Per tower and pair of rules: of the image tokens that one ``rule`` flags, the share that ``other`` flags.
+        """Compare rules: of the image tokens that one ``rule`` flags, the share that ``other`` flags.
 
         A token counts once per layer of the LLM, and per block of the vision tower that feeds the projector.
-        Columns are tower, rule, other, flagged (by ``rule``), share, low and high: NaN where nothing is flagged.
-        ``"used"`` is the rule of this run.
+        Columns are tower, rule, other, flagged (by ``rule``), share, low and high: NaN where nothing is
+        flagged. ``"used"`` is the rule of this run.
         """
         if not self._masses:
             raise InputError(
@@ -177,11 +178,12 @@ class DatasetTrace:
         return pd.DataFrame(lines)
 
     def lives(self) -> pd.DataFrame:
-        """How long tokens meet the L rule: sinks of each kind by their unbroken stretches of layers, counted.
+        """Count how long tokens meet the L rule: sinks by kind and unbroken stretch of layers.
 
         Columns are kind, born (the LLM block that wrote it; -1: it came with the embeddings), last (the last
-        layer where the rule holds), both <NA> for sinks that never meet the rule, first_drawn (the first layer
-        that attends to the token, -1 for none), again (whether the token had a stretch before), and sinks.
+        layer where the rule holds), both <NA> for sinks that never meet the rule, first_drawn (the first
+        layer that attends to the token, -1 for none), again (whether the token had a stretch before), and
+        sinks.
         """
         counts: dict[tuple[Any, ...], int] = {}
         for batch in self._read("sinks", ["kind", "llm_lives", "first_drawn"]):
@@ -196,12 +198,13 @@ class DatasetTrace:
         return table.astype(whole).sort_values(names[:5], ignore_index=True)
 
     def control(self, **intervals: Any) -> pd.DataFrame:
-        """Pool the control: what the edit does, what the same edit does on other tokens, and how surely they differ.
+        """Pool the control: what the edit does, and what the same edit does on other tokens.
 
         Two lines: records with a token to edit, and all, those without counting no difference. Columns are
-        records, images, edited, without, uncontrolled (too few other tokens, left out of both lines), base, real,
-        control, difference (real - control) with low and high (resampling images), p (two-sided over the draws,
-        each pooled over records: ``(1 + #) / (1 + draws)``), real_mass and control_mass (attention received).
+        records, images, edited, without, uncontrolled (too few other tokens, left out of both lines), base,
+        real, control, difference (real - control) with low and high (resampling images), p (two-sided over
+        the draws, each pooled over records: ``(1 + #) / (1 + draws)``), real_mass and control_mass (attention
+        received).
         """
         table = self.dataset("control").to_table().to_pandas()
         states = table["state"].value_counts()
@@ -217,23 +220,23 @@ class DatasetTrace:
         return pd.DataFrame(lines)
 
     def plot(self) -> Figure:
-        """Tokens of every kind and the attention mass on them, by layer; see `sinkscope.viz.plot_dataset_layers`."""
+        """Draw tokens and attention mass of every kind by layer; see `sinkscope.viz.plot_dataset_layers`."""
         return figures.plot_dataset_layers(self.by_layer())
 
     def plot_places(self, cells: int = 16) -> Figure:
-        """Where on the normalised picture the sinks of every kind are."""
+        """Draw where on the normalised picture the sinks of every kind are."""
         return figures.plot_dataset_places(self.places(cells))
 
     def plot_agreement(self) -> Figure:
-        """Of the tokens that one rule flags, how many another flags, in both towers."""
+        """Draw how many of the tokens that one rule flags another flags, in both towers."""
         return figures.plot_dataset_agreement(self.agreement())
 
     def plot_lives(self) -> Figure:
-        """Which block makes a sink, and the last layer in which it is one."""
+        """Draw which block makes a sink, and the last layer in which it is one."""
         return figures.plot_dataset_lives(self.lives(), self.settings["layers"])
 
     def summary(self) -> str:
-        """The run in a few lines, for a terminal."""
+        """Sum up the run in a few lines, for a terminal."""
         kinds = self.kinds()
         count, problems = self._counted()
         rules, lines = self.settings["rules"], [f"{self!r}"]

@@ -58,8 +58,8 @@ def plot_dataset_layers(table: pd.DataFrame) -> Figure:
 def plot_dataset_places(places: Mapping[str, np.ndarray]) -> Figure:
     """Draw where on the normalised picture the sinks of each kind are: the share of them in every cell.
 
-    ``places`` are those of ``DatasetTrace.places()``: kind -> sinks ``[row column]``. All panels have one scale,
-    with a mark at the share of a cell if sinks were anywhere alike (the null).
+    ``places`` are those of ``DatasetTrace.places()``: kind -> sinks ``[row column]``. All panels have one
+    scale, with a mark at the share of a cell if sinks were anywhere alike (the null).
     """
     figure = theme.new_figure((3.3 * len(places) + 0.9, 3.9))
     axes = theme.panels(figure, len(places), len(places))
@@ -88,8 +88,8 @@ def plot_dataset_places(places: Mapping[str, np.ndarray]) -> Figure:
 def plot_dataset_agreement(table: pd.DataFrame) -> Figure:
     """Draw how rules agree: of the image tokens that the rule of a line flags, the share another flags too.
 
-    The ``table`` is that of ``DatasetTrace.agreement()``; a cell has the share over its interval. Lines say how
-    many tokens a rule flags.
+    The ``table`` is that of ``DatasetTrace.agreement()``; a cell has the share over its interval. Lines say
+    how many tokens a rule flags.
     """
     theme.check_table(table, AGREEMENT, "that of trace.agreement()")
     towers = list(dict.fromkeys(table["tower"]))
@@ -127,8 +127,8 @@ def plot_dataset_agreement(table: pd.DataFrame) -> Figure:
 def plot_dataset_lives(table: pd.DataFrame, layers: Sequence[int]) -> Figure:
     """Draw which block makes a sink and how long it stays one, and when a head first attends to it.
 
-    The ``table`` is that of ``DatasetTrace.lives()``, of a model with these ``layers``: a cell counts unbroken
-    stretches of layers in which a token of the kind meets the L rule.
+    The ``table`` is that of ``DatasetTrace.lives()``, of a model with these ``layers``: a cell counts
+    unbroken stretches of layers in which a token of the kind meets the L rule.
     """
     if set(LIVES.split()) - set(table.columns):
         theme.check_table(table, LIVES, "that of trace.lives()")

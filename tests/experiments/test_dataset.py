@@ -285,6 +285,7 @@ def test_malformed_records_are_refused_by_number(lvlm, traced, tmp_path):
     for bad, said in (
         ({"picture": 1}, "Record 1 .*has no image"),
         ({**good, "question": 3}, "Record 1 has question=3"),
+        ({**good, "question": " "}, "Record 1 has question=' '"),
         ({**good, "image": []}, "Record 1 has an empty list"),
         ({**good, "more": good["image"]}, "Record 1 has the column 'more'.*remove_columns"),
         ({**good, "tokens": 3}, "Record 1 has the column 'tokens'.*rename_column"),
@@ -510,3 +511,20 @@ def test_ratios_of_sums_and_draws_in_blocks(monkeypatch):
     picks = np.random.default_rng(0).integers(0, 20, size=(2000, 20))
     v, o = (x[:, 0].reshape(20, 2).sum(1)[picks].sum(1) for x in (values, over))
     assert whole[1][1:, 0] == pytest.approx(np.quantile(v / o, [0.025, 0.975]), abs=0.02)
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "gemma3", "llava-dinov2-olmo2"])
+def test_other_layouts(family, tiny, tmp_path):
+    given = [
+        *records(2),
+        {"image": [random_image(70, 64, 1), random_image(120, 60, 2)], "image_id": 3},
+    ]
+    options = {"l_detector": L, "part": 2, "progress": False}
+    one = ss.trace_dataset(tiny(family), given, tmp_path / "one", **options)
+    two = ss.trace_dataset(tiny(family), given, tmp_path / "two", batch=2, **options)
+    assert one.sinks["pos"].tolist() == two.sinks["pos"].tolist()
+    masses = [np.stack(one.images[name]) for name in one.images if name.startswith("mass_")]
+    np.testing.assert_allclose(sum(masses), 1.0, atol=1e-5)  # the groups are all tokens
+    placed = one.sinks[one.sinks["x0"].notna()]
+    assert placed[["x0", "y0", "x1", "y1"]].stack().between(0, 1 + 1e-6).all()
+    assert (placed["x0"] < placed["x1"]).all()
