@@ -78,7 +78,7 @@ def trace(lvlm: ss.LVLM, images: int, engine: Any, out: Path) -> tuple[pd.DataFr
         made: Any = ss.trace_dataset(lvlm, records, out, engine=engine, part=8, progress=False)
     finally:
         Parts.write = write  # type: ignore[method-assign]
-    return made.images(), times
+    return made.images.drop(columns="seconds"), times
 
 
 def once(
