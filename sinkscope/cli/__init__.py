@@ -175,6 +175,8 @@ def trace_dataset(
     l_detector: Annotated[str | None, says("Rule for L-sinks, such as dims:1415,2533:20.")] = None,
     batch: Annotated[int, says("Images per forward pass.")] = 1,
     skip: Annotated[bool, says("Leave out pictures that cannot be read, with the reason.")] = False,
+    engine: experiments.Engine = None,
+    workers: experiments.Workers = None,
     loading: Loading = Loading(),
 ) -> int:
     """Trace the sinks of many images: one line per sink and per image, and figures; resumable."""
@@ -188,6 +190,7 @@ def trace_dataset(
         lvlm = load_model(model, **asdict(loading))
     errors = "skip" if skip else "stop"
     how: dict[str, Any] = {"question": prompt, "batch": batch, "errors": errors, **rules}
+    how |= experiments.with_engine({} if engine is None else {"engine": engine}, workers)
     found = run(lvlm, data, folder, progress=sys.stderr.isatty(), **how)
     print(found.summary())
     tables = {"kinds": found.kinds(), "by_layer": found.by_layer(), "agreement": found.agreement()}

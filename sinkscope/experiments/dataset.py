@@ -25,7 +25,7 @@ from sinkscope.files import claim, digest_of, held, version_of
 from sinkscope.models.loading import identity_of
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.wrapping import evaluated
-from sinkscope.scale.engine import each_part
+from sinkscope.scale.engine import Ray, check_engine, each_part
 from sinkscope.tokens import check_merge
 
 
@@ -46,7 +46,7 @@ def trace_dataset(
     errors: str = "stop",
     batch: int = 1,
     part: int = 16,
-    engine: Any = "local",
+    engine: str | Ray = "local",
     remote: bool | str | None = None,
     progress: bool | None = None,
 ) -> DatasetTrace:
@@ -75,7 +75,8 @@ def trace_dataset(
         errors: ``"stop"`` at a record that cannot be read or traced, or ``"skip"`` it: its line says why.
         batch: Records per forward pass. Padding may change the last digits of what is measured.
         part: Records per file; what is lost when a run is stopped.
-        engine: ``"local"``, or what `sinkscope.scale` offers.
+        engine: ``"local"``, ``"ray"`` or a `sinkscope.scale.Ray`: parts are shared among its workers, and three
+            per worker are in memory.
         remote: As in `LVLM.run`.
         progress: None shows a bar from 50 images on, and where their number is unknown.
 
@@ -88,6 +89,7 @@ def trace_dataset(
         v_detector, l_detector, calibration, merge, draws, batch, errors, masses, control, remote
     )
     _check(plan, part, question)
+    check_engine(engine)
     if lvlm.processor is None:
         raise InputError("Got an LVLM without a processor; expected one, to prepare the images.")
     folder, manifest = Path(out).expanduser(), _manifest(lvlm, plan, part, question)
@@ -101,7 +103,7 @@ def trace_dataset(
         sinks = sum(counts["sinks"] for counts in parts.known.values())
         with tqdm(total=total, desc="tracing", unit="image", disable=hidden) as bar:
             missing = _missing(chunks, parts, bar)
-            with closing(each_part(lvlm, work, missing, engine)) as done:  # type: ignore[type-var]
+            with closing(each_part(lvlm, work, missing, engine)) as done:
                 for name, tables in done:
                     counts = parts.write(name, tables)
                     sinks += counts["sinks"]

@@ -32,10 +32,10 @@ class Ray:
     Args:
         workers: How many; None for one per GPU of the cluster, or without GPUs one per four cores of a machine.
         gpus: GPUs of a worker, also a share such as 0.5, on the first of which its model is put; None for 1 if
-            the cluster has GPUs. 0 leaves models where their loading puts them.
+            the cluster has GPUs. With 0 workers see no GPU.
         cpus: Cores of a worker, and its number of torch threads; None shares the cores of a machine.
-        address: Of a cluster that runs, such as ``"auto"`` or ``"ray://HOST:10001"``; None for that of the
-            variable RAY_ADDRESS, else this machine.
+        address: Of a cluster that runs, such as ``"auto"`` or ``"HOST:6379"``; None for that of the variable
+            RAY_ADDRESS, else this machine.
         load: A function that makes the model on a worker; None for how this one was made (`LVLM.from_pretrained`,
             `load_bundled`, `load_example`). A model that you built travels as it is, once.
     """

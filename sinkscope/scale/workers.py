@@ -27,6 +27,7 @@ import torch
 from ray import cloudpickle as pickling
 from ray.data import DataContext
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers import PreTrainedModel
 
 from sinkscope.errors import InputError, SinkscopeError, WorkerError
@@ -61,7 +62,8 @@ def each_on_workers(
     with running(address), quiet():
         many, size = sizes_of(workers, gpus, cpus)
         model = Model(lvlm, load, on_gpu=size["num_gpus"] > 0)
-        shelf: Any = ray.remote(num_cpus=0)(Shelf).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        shelf: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Shelf).remote()
 
         def send() -> None:
             number = next(numbers)
@@ -166,9 +168,9 @@ def rows_of(tables: Iterable[pa.Table]) -> Iterator[tuple[int, bytes]]:
     try:
         for table in tables:
             yield from zip(table["number"].to_pylist(), table["made"].to_pylist(), strict=True)
-    except RayTaskError as error:
-        raise error.cause from error
     except RayError as error:
+        if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
+            raise error.cause from error
         raise WorkerError(
             f"Ray stopped ({type(error).__name__}: {str(error).strip()[:300]}); expected it to run. What was "
             "done before stays: look at its nodes (ray status), and run the same call again."

@@ -131,11 +131,11 @@ def stop_after(monkeypatch, images):
     module = sys.modules[ss.sweep.__module__]
     real, ran = module.sweep_image, []
 
-    def counted(*given):
+    def counted(*given, **options):
         if len(ran) == images:
             raise Stop
         ran.append(1)
-        return real(*given)
+        return real(*given, **options)
 
     monkeypatch.setattr(module, "sweep_image", counted)
 

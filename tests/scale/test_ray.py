@@ -23,6 +23,7 @@ import ray  # noqa: E402
 
 from sinkscope.scale import workers  # noqa: E402
 
+pytestmark = pytest.mark.slow
 RULES = {
     "v_detector": detectors.Norm(86.0),
     "l_detector": detectors.Received(times_null=1.4, heads="mean"),
