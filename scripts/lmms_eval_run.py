@@ -100,11 +100,16 @@ def write_recipe(folder: Path) -> Path:
     from sinkscope import detectors
     from sinkscope.bundled import TRAIN_SEEDS, scene_questions
 
-    train = list(scene_questions(60, 4, seeds=TRAIN_SEEDS, noise=NOISE))
-    made = ss.train_lsg(
-        ss.load_bundled(), train, [2], v_detector=detectors.Norm(86.0), epochs=2, lr=0.02
-    )
-    made.gates[2].save_pretrained(folder / "gate")
+    train = list(scene_questions(120, 4, seeds=TRAIN_SEEDS, noise=NOISE))
+    how = {
+        "v_detector": detectors.Norm(86.0),
+        "epochs": 3,
+        "lr": 0.05,
+        "batch": 16,
+        "progress": False,
+    }
+    made = ss.train_lsg(ss.load_bundled(), train, ["embed"], **how)
+    made.gates["embed"].save_pretrained(folder / "gate")
     lines = [f"{key}: {value}" for key, value in RULES.items()] + ["conditions:"]
     lines += [f"  {name}: {text}" for name, text in CONDITIONS.items()]
     path = folder / "edits.yaml"
@@ -189,7 +194,7 @@ def main() -> None:
         logs = read_lmms_eval(outs, metric=METRICS)
         agree = check(logs, compared(asked, recipe))
         touched = [
-            line.partition("sinkscope: ")[2]
+            line.partition("sinkscope: ")[2].removesuffix("\x1b[0m")
             for text in said.values()
             for line in text.splitlines()
             if "sinkscope: '" in line

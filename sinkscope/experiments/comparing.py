@@ -35,8 +35,8 @@ class Comparison(Result):
     """Answers under every condition, compared with those under ``base``.
 
     ``table`` has one line per question, condition and seed: item, image_id, task, question, answer,
-    condition, seed, given, correct, touched (by the edit), sinks (visual ones of the row; NaN without a
-    trace) and uncontrolled (whether there were too few random tokens to edit).
+    condition, seed, given, correct (or a score from 0 to 1), touched (by the edit), sinks (visual ones of
+    the row; NaN without a trace) and uncontrolled (whether there were too few random tokens to edit).
     """
 
     table: pd.DataFrame

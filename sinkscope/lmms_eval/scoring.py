@@ -136,18 +136,17 @@ class EditedModel:
         check_flags(trust_remote_code=trust)
         place = None if out is None else Path(str(out)).expanduser()
         if place and (place / RECORD).exists():
-            raise InputError(
-                f"Got out={str(out)!r}, which holds {RECORD} of another run; expected a folder for this run "
-                "alone, the --output_path."
-            )
+            what = f"which holds {RECORD} of another run; expected a folder of its own"
+            raise InputError(f"Got out={str(out)!r}, {what}. Write that of --output_path.")
+        if place:
+            with writable(place):
+                place.mkdir(parents=True, exist_ok=True)
         model = {"device_map": device, **options, "name": base}
         model = {key: str(value) for key, value in model.items() if value is not None}
         flags = {"model": model, "data": "scenes"}  # lmms-eval has the data
         read = read_recipe("compare", recipe and str(recipe), flags, compare, trust)
         name, what = chosen(read.conditions, None if condition is None else str(condition))
-        about = json.loads(
-            json.dumps({"model": read.model, "condition": {name: what}}, default=str)
-        )
+        about = {"model": dict(read.model), "condition": {name: what}}
         lvlm, normalized = read.load(), read.options.get("length_normalized", True)
         ready, rules = make_condition(name, what, lvlm), read.detectors(lvlm)
         return cls(lvlm, ready, name, rules, size, normalized, place, about)
@@ -157,12 +156,10 @@ class EditedModel:
     ) -> list[str]:
         """A greedy answer to every prompt, cut before the first text that ends it; see `decoding`."""
         how, answers = [decoding(one) for one in settings], {}
-        for (longest, ends), group in groupby(range(len(prompts)), lambda i: how[i]):
+        for (longest, ends), group in groupby(range(len(how)), how.__getitem__):
             work = partial(self._write, longest)
             for row, text in self._each(prompts, [*group], work):
-                answers[row] = text[
-                    : min((at for e in ends if (at := text.find(e)) >= 0), default=None)
-                ]
+                answers[row] = text[: min((text.find(e) for e in ends if e in text), default=None)]
         return [answers[row] for row in range(len(prompts))]
 
     def score(self, prompts: Sequence[Prompt], options: Sequence[str]) -> list[tuple[float, bool]]:
@@ -171,17 +168,13 @@ class EditedModel:
         The loss is the negative log-probability in nats, by token or summed: lmms-eval takes the option with
         the lowest number. Options of one prompt stand together, and are scored together.
         """
-        same = groupby(
-            range(len(prompts)), lambda i: (prompts[i].task, prompts[i].doc_id, prompts[i].text)
-        )
-        groups = [[*group] for _, group in same]
+        keys = [(one.task, one.doc_id, one.text) for one in prompts]
+        groups = [[*group] for _, group in groupby(range(len(keys)), keys.__getitem__)]
         texts = [tuple(options[i].strip() for i in group) for group in groups]
         out, work = {}, partial(self._choose, texts)
         firsts = [prompts[group[0]] for group in groups]
         for row, found in self._each(firsts, range(len(firsts)), work):
-            out |= dict(
-                zip(groups[row], found, strict=False)
-            )  # padded, where others have more options
+            out |= dict(zip(groups[row], found, strict=False))  # padded where others have more
         return [out[i] for i in range(len(prompts))]
 
     def finish(self) -> tuple[str, bool]:
@@ -194,7 +187,6 @@ class EditedModel:
             documents = [{"task": t, "doc_id": i, **note} for (t, i), note in self.notes.items()]
             whole = {"sinkscope": version_of("sinkscope"), **self.about, "documents": documents}
             with writable(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
                 write_whole(self.out / RECORD, json.dumps(seal(whole)))
         return said, idle
 

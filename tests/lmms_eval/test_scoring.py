@@ -8,7 +8,7 @@ import torch
 
 import sinkscope as ss
 from sinkscope import detectors
-from sinkscope.errors import InputError, LayerError
+from sinkscope.errors import CheckpointError, InputError, LayerError, SinkscopeError
 from sinkscope.experiments import EditSinks
 from sinkscope.experiments.harness import RECORD
 from sinkscope.lmms_eval import models
@@ -249,9 +249,15 @@ def test_wrong_arguments_are_refused(name, write):
     given, message = WRONG[name]
     if "recipe" in given:
         given = {**given, "recipe": write(given["recipe"])}
-    with pytest.raises((InputError, ss.errors.SinkscopeError)) as caught:
+    with pytest.raises(SinkscopeError) as caught:
         EditedModel.of(**given)
     assert message in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError):
+        EditedModel.of("no/such-model", out=tmp_path / "file" / "folder")
 
 
 def test_one_condition_needs_no_name_and_a_layer_must_be_there(write):

@@ -20,20 +20,18 @@ except ImportError as error:
 class Sinkscope(lmms):
     """Any model of sinkscope under any edit; ``--model_args`` are the arguments of `EditedModel.of`."""
 
-    is_simple = True
-
     def __init__(self, **given: Any) -> None:
         super().__init__()
         if (many := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise InputError(f"Got WORLD_SIZE={many}; expected one process. Write device_map=auto.")
-        given.pop("max_batch_size", None)  # of batch_size=auto, which is refused
+        given.pop("max_batch_size", None)
         self.model = EditedModel.of(**given)
 
     def _prompt(self, text: str, visual: Any, doc_id: int, task: str, split: str) -> Prompt:
         return Prompt(task, doc_id, text, lambda: visual(self.task_dict[task][split][doc_id]))
 
     def generate_until(self, requests: Any) -> list[str]:
-        """Answer freely; a request has a context, settings, what gives its images, and its document."""
+        """Answer freely; a request has a context, settings, what gives images, and its document."""
         prompts = [self._prompt(text, *place) for text, _, *place in (r.args for r in requests)]
         return self.model.generate(prompts, [r.args[1] for r in requests])
 
@@ -43,8 +41,8 @@ class Sinkscope(lmms):
         for text, end, *place in (request.args for request in requests):
             if len(place) != 4:
                 raise InputError("Got options without a prompt (acc_mutual_info); leave that out.")
-            prompts.append(self._prompt(text, *place))
             _, doc_id, task, split = place
+            prompts.append(self._prompt(text, *place))
             ends.append(end(self.task_dict[task][split][doc_id]) if callable(end) else end)
         # lmms-eval 0.7.3 turns a bare tuple into text, which its own scoring cannot read.
         return [GenerationResult(text=one) for one in self.model.score(prompts, ends)]
