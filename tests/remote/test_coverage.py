@@ -4,15 +4,19 @@ Away is nnsight's ``"local"``, and the server of `server.py`. What must have a c
 public lists, so that what is added without one fails.
 """
 
+import ast
 import dataclasses
 import inspect
+import sys
 from collections.abc import Mapping
 from functools import partial
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nnsight.intervention.serialization import CustomCloudPickler
 
 import sinkscope as ss
 from sinkscope import baselines, detectors, experiments, interventions, lsg, published
@@ -23,11 +27,35 @@ from sinkscope.testing import random_image
 from tests.interventions.conftest import make_case
 from tests.probes.everything import EIGENVALUES, every_probe
 from tests.remote.conftest import REPOSITORIES
+from tests.remote.ndif import ALLOWED
 
 FAMILIES = ("llava-clip-llama", "qwen2.5-vl")
 PLACES = ("local", "server")
 ROUGH = {**EIGENVALUES, "rank": 1e-5}  # of LAPACK, in another process
 NEW = {"max_new_tokens": 2, "min_new_tokens": 2}
+
+
+SHIPPED = set()
+"""Functions and classes that requests of this file took along, rather than name them."""
+
+
+def noting(reduce):
+    def noted(*given):
+        SHIPPED.add(given[-1])
+        return reduce(*given)
+
+    return noted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shipped():
+    with pytest.MonkeyPatch.context() as patch:
+        for home, name in (
+            (CustomCloudPickler, "_dynamic_function_reduce"),
+            (cloudpickle.cloudpickle, "_dynamic_class_reduce"),
+        ):
+            patch.setattr(home, name, noting(getattr(home, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +330,7 @@ PROBED = {"groups": {"image": "image"}, "test_size": 0.5, **QUICK}
 
 def controlled(lvlm, sample):
     trace, mask = ss.trace_sinks(lvlm, sample, **RULED), ss.MaskKeys(sample.tokens.select("first"))
-    return [ss.RandomControl(mask, match, n=2).run(lvlm, trace) for match in ("count", "mass")]
+    return ss.RandomControl(mask, "mass", n=1).run(lvlm, trace)
 
 
 def evidence_of(trace):
@@ -326,15 +354,19 @@ CALLS = {
     ],
     "linear_probes": [lambda m, s: ss.linear_probes(m, scenes(), **PROBED).table],
     "compare": [
-        lambda m, s: compared(m, s, scenes(4)),
-        lambda m, s: compared(m, s, free(scenes(4))),
+        lambda m, s: compared(m, s, scenes(2)),
+        lambda m, s: compared(m, s, free(scenes(2))),
     ],
     "effect_table": [
-        lambda m, s: experiments.effect_table(m, scenes(2), edits=["mask"], top=1, **RULED).table
+        lambda m, s: (
+            experiments.effect_table(
+                m, scenes(1), edits=["halve"], top=0, controls=False, **RULED
+            ).table
+        )
     ],
     "replacement_table": [
         lambda m, s: experiments.replacement_table(
-            m, ss.trace_sinks(m, s, **RULED), s.tokens.select("first"), n=2
+            m, ss.trace_sinks(m, s, **RULED), s.tokens.select("first"), n=1
         )
     ],
     "RandomControl": [controlled],
@@ -392,7 +424,7 @@ def test_every_call_that_runs_a_model(away, cases, name, family, place):
     case, there = cases[family], away(family, place)
     if name in NOT_PACKED and family == "qwen2.5-vl":
         pytest.skip("refused for a packed tower")
-    for call in CALLS[name]:
+    for call in CALLS[name] if place == "server" else CALLS[name][:1]:
         outcomes = []
         for lvlm in (there, case.lvlm):
             try:
@@ -412,3 +444,20 @@ def test_what_needs_weights_says_so_before_any_work(remote, cases, loopback, nam
     with pytest.raises(ss.SinkscopeError, match="weights"):
         WEIGHTS[name](there, case.sample, gate)
     assert len(loopback.seen["requests"]) == before
+
+
+def test_all_that_was_shipped_is_a_kernel_and_imports_what_the_server_has():
+    """It runs last, on all requests above; imports also inside functions, and of whole modules."""
+    ours = {one for one in SHIPPED if one.__module__.partition(".")[0] == "sinkscope"}
+    if len(SHIPPED) < 100:
+        pytest.skip("the requests of this file were not made")
+    assert {one.__module__.rpartition(".")[0] for one in ours} == {"sinkscope.kernels"}
+    modules = {one.__module__ for one in ours}
+    assert {f"sinkscope.kernels.{x}" for x in ("walk", "closing", "gating", "writes")} <= modules
+    for module in modules:
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.partition(".")[0] in ALLOWED or name.startswith("sinkscope.kernels")
+    assert all(one in ours for one in SHIPPED), {one for one in SHIPPED if one not in ours}
