@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from accelerate import dispatch_model
 from torch.utils._pytree import tree_leaves, tree_map
+
+from sinkscope.anatomy.discovery import read_anatomy
 
 A, B = torch.device("lazy", 0), torch.device("lazy", 1)
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
@@ -122,3 +125,24 @@ def known():
 
     with mock.patch.object(torch, "is_autocast_enabled", enabled):
         yield
+
+
+def spread(module, language, vision, rest, head, projector, main=A, folder=None):
+    """Dispatch a model with accelerate, as ``device_map`` does: blocks of a tower in turn over some devices.
+
+    A place is a device, ``"cpu"`` or ``"disk"``; what is offloaded computes on ``main``. One place that is
+    given for all holds the whole model.
+    """
+    found = read_anatomy(module)
+    turns = ((found.language, language), (found.vision, vision))
+    where = {at: one[i % len(one)] for tower, one in turns for i, at in enumerate(tower.blocks)}
+    where |= {found.head: head, found.projector: projector}
+    places = {path: str(place) for path, place in where.items() if path}
+    for path, part in module.named_modules():
+        own = part._parameters or part._buffers
+        if own and not any(f"{path}.".startswith(f"{at}.") for at in places):
+            places[path] = str(rest)
+    if {*places.values()} == {str(rest)} and str(rest) not in ("cpu", "disk"):
+        return module.to(rest)
+    how = {"main_device": main, "offload_dir": folder, "force_hooks": True}
+    return dispatch_model(module, places, skip_keys=module._skip_keys_device_placement, **how)

@@ -243,14 +243,12 @@ class Loop:
         for trainee, total in summed:
             parameters = list(trainee.parameters.values())
             if self.processes == 1 and all(p.grad is None for p in parameters):
-                got = f"No gradient of the loss reaches {trainee.name}: a kernel passes none"
-                raise ModelError(f"{got}; expected one. Write lvlm.report() to see the kernels.")
+                raise unreached(trainee.name)
             for parameter in parameters:  # the mean gradient of all answer tokens of all processes
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 whole: Any = own if a is None else a.reduce(own, "sum")
                 parameter.grad = whole / total["tokens"]
-            length = nn.utils.clip_grad_norm_(parameters, self.settings.clip or float("inf"))
-            lengths.append(length)
+            lengths.append(nn.utils.clip_grad_norm_(parameters, self.settings.clip or math.inf))
         every = torch.stack(lengths).tolist() if lengths else []  # they leave the device at once
         for (trainee, total), length in zip(summed, every, strict=True):
             if self._finite(length, trainee, "gradient", lr):
@@ -287,6 +285,8 @@ class Loop:
             active, found = self._active, []
             for trainee in active:
                 losses = self.objective.losses(shared, trainee.name)
+                if train and not losses.total.requires_grad:
+                    raise unreached(trainee.name)
                 if train:  # also of a loss that is not finite, whose trainee ends below
                     losses.total.backward()
                 found.append(replace(losses, total=losses.total.detach()))
@@ -342,3 +342,9 @@ class Loop:
             paths = list(self.folder.iterdir())
         found = [path for path in paths if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def unreached(name: str) -> ModelError:
+    """The error of a loss that does not depend on what is trained."""
+    got = f"No gradient of the loss reaches {name}: a kernel passes none; expected one. Load the"
+    return ModelError(f"{got} model without quantisation.")
