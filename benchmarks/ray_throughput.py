@@ -124,7 +124,7 @@ def main() -> None:
     versions = ", ".join(f"{x} {version_of(x)}" for x in ("sinkscope", "torch", "ray"))
     head = (
         f"{datetime.date.today()}; {machine_name(torch.device('cpu'))}, {os.cpu_count()} cores, load {load:.2f} at the start; "
-        f"{versions}. Bundled model, one thread per process; medians of {asked.rounds} rounds, {asked.images} "
+        f"{versions}. Bundled model, one thread per process; rounds: {asked.rounds}, of which medians; {asked.images} "
         "parts each. A part is one image with 2 questions (sweep) or 8 images (trace_dataset)."
     )
     text = f"{head}\n\n| job | engine | whole call | parts per second, second half | against local |\n|---|---|---:|---:|---:|\n"
