@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sinkscope: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(*stop.args, file=sys.stderr)  # of a job that goes on elsewhere
+        if stop.args:  # it names a job that goes on elsewhere
+            print(*stop.args, file=sys.stderr)
         return 130
 
 

@@ -114,7 +114,8 @@ class Job(RemoteBackend):
         form = {"blob": ("request", blob, "application/octet-stream")}
         told = {"data": {"data": request.metadata()}, "headers": headers | self.key}
         self.sent = time.monotonic()
-        with httpx.Client() as client:
+        # A connection that is used again may be closed just then, and no one knows if the request ran.
+        with httpx.Client(limits=httpx.Limits(max_keepalive_connections=0)) as client:
             url = f"{self.host}/request"
             response = self._ask(client, "POST", url, read_status, files=form, **told)
         self.job_id, self.sent = response.id, time.monotonic()
@@ -167,7 +168,10 @@ class Job(RemoteBackend):
 
     def _note(self, response: ResponseModel) -> bool:
         """Whether a status says that the job is done; RemoteError if it says that it failed."""
-        self.display.update(response)
+        if (
+            response.status != self.status or sys.stdout.isatty()
+        ):  # a log file gets a line per change
+            self.display.update(response)
         self.status, said = response.status, response.description.strip()
         self.last = f"{response.status.value} {said}".strip()
         now = time.monotonic()

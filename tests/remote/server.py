@@ -139,7 +139,7 @@ def answer(envelope, blob, models):
 class Fault(dict):
     """What goes wrong at one place, ``at``: "request", "response", "result", "job" or "socket".
 
-    One of: ``status`` and ``detail`` (an HTTP refusal), ``silent`` (seconds without an answer),
+    One of: ``status`` and ``detail`` (an HTTP refusal; with ``kept_open`` the end is not announced), ``silent`` (seconds without an answer),
     ``garbage``, ``cut`` (close in the middle), ``drop`` (close without a word), ``lost`` (a request is
     accepted, then dropped), ``wants`` (a version of nnsight); of a job ``slow`` (seconds) or ``error``.
     ``times`` it happens, 1 if left out.
@@ -215,20 +215,23 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *said):
         """Say nothing: the tests read no log."""
 
-    def reply(self, body, status=200, kind="application/json", kept=None):
+    def reply(self, body, status=200, kind="application/json", kept=None, kept_open=False):
         """Send an answer, or the first ``kept`` bytes of it, and then close."""
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
+        if not kept_open:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body[:kept])
-        self.close_connection = True
+        self.close_connection = True  # with ``kept_open`` the client does not know
 
     def failed(self, fault, body=b""):
         """Whether a fault was carried out."""
         if "status" in fault:
-            self.reply({"detail": fault.get("detail", "")}, fault["status"])
+            detail, open_ = {"detail": fault.get("detail", "")}, fault.get("kept_open", False)
+            self.reply(detail, fault["status"], kept_open=open_)
         elif "silent" in fault:
             time.sleep(fault["silent"])
             self.close_connection = True

@@ -20,7 +20,7 @@ import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError, ProbeError, RemoteError
 from sinkscope.models import Traffic, Wire
 from sinkscope.models import remote as wires
-from sinkscope.models.wire import ServerError
+from sinkscope.models.wire import ServerError, read_traceback
 from sinkscope.probes import Read
 from sinkscope.testing import random_image
 from tests.remote.conftest import REPOSITORIES
@@ -77,7 +77,7 @@ def test_the_stand_in_speaks_to_nnsight_itself(there, loopback):
 
 SAFE = [
     {"at": "request", "status": 503, "detail": "full"},
-    {"at": "request", "status": 429},
+    {"at": "request", "status": 429, "kept_open": True},
     {"at": "response", "status": 502},
     {"at": "response", "status": 404},
     {"at": "response", "garbage": True},
@@ -295,6 +295,15 @@ def test_a_generation_is_kept_too(there, loopback):
     )
 
 
+def test_the_status_is_shown_when_it_changes(there, loopback, monkeypatch, capsys):
+    monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", True)
+    loopback.tell({"at": "job", "slow": 0.5})
+    there.run(question(there))
+    said = capsys.readouterr().out
+    assert [said.count(status) for status in ("RECEIVED", "QUEUED", "COMPLETED")] == [1, 1, 1]
+    assert loopback.seen["asked"]["response"] > 4
+
+
 def test_an_interrupt_tells_the_job(there, loopback):
     sample = question(there)
     loopback.tell({"at": "job", "slow": 1})
@@ -424,3 +433,17 @@ def test_kl_is_one_request(held, loopback, where):
         assert torch.equal(want.effects[edit].kl, again.effects[edit].kl)
         with pytest.raises(InputError, match="answers another call"):
             held.run(sample, [MASS], [edit], remote=where, job=job)
+
+
+def test_a_traceback_is_read_from_a_text():
+    text = 'Traceback (most recent call last):\n  File "/a/first.py", line 1, in one\n    go()\n\n'
+    text += "During handling of the above exception, another exception occurred:\n\n"
+    text += "Traceback (most recent call last):\n"
+    text += '  File "/x/sinkscope/kernels/walk.py", line 7, in walk\n    raise ValueError(\n'
+    text += "    ^^^^^\npackage.ValueError: Got a: 1\nand more\n\nGot a: 1\nand more"
+    kind, said, frames = read_traceback(text)
+    assert (kind, said) == ("ValueError", "Got a: 1\nand more")
+    (frame,) = frames
+    assert (frame.filename, frame.lineno, frame.name) == ("/x/sinkscope/kernels/walk.py", 7, "walk")
+    assert frame.line == "raise ValueError("
+    assert read_traceback("no traceback")[2] == []
