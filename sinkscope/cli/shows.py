@@ -186,7 +186,7 @@ def masked_answers(lvlm: LVLM, scene: Scene) -> DataFrame:
 
 def life(trace: SinkTrace) -> str:
     """Sinks with their life cycle, a line each."""
-    from sinkscope.experiments.measuring import named
+    from sinkscope.experiments.candidates import named
     from sinkscope.viz.tables import ranges
 
     lines = []

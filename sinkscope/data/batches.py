@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from sinkscope.checks import check_whole, is_number
 from sinkscope.data.items import Lazy, check_texts, read_record
 from sinkscope.errors import InputError
-from sinkscope.models.inputs import Processed, process
+from sinkscope.models.inputs import Processed, positions_for, process
 from sinkscope.models.lvlm import LVLM
 from sinkscope.models.pictures import ImageIds, clusters_of
 from sinkscope.models.prompts import Marks, marks_of, question_of
@@ -75,16 +75,6 @@ def with_answers(
     width = out["input_ids"].shape[1]
     ends = [torch.tensor([IGNORED] * (width - len(tail)) + list(tail)) for tail in tails]
     return out, torch.stack(ends)
-
-
-def positions_for(lvlm: LVLM, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs with positions that count from the first live token of a row, where padding moves it."""
-    module: Any = lvlm.module
-    # Qwen-VL derives positions from mask and image grid itself
-    computed = callable(getattr(module.base_model, "get_rope_index", None))
-    if computed or bool(inputs["attention_mask"].all()):
-        return dict(inputs)
-    return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 def extend(inputs: Mapping[str, Any], continuation: Sequence[int]) -> dict[str, Any]:
@@ -334,7 +324,7 @@ def make_batch(
             f"Records {list(rows)} make {labels.shape[1]} tokens; expected at most {limit}, the "
             "length of the model. Leave the longest out, or make the images smaller."
         )
-    ready = positions_for(lvlm, ready)
+    ready = positions_for(module, ready)
     prompt = replace(tokens, live=tokens.live & (labels == IGNORED))
     return AnswerBatch(ready, labels, prompt, tuple(rows))
 

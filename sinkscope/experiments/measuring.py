@@ -19,7 +19,6 @@ from sinkscope.probes.evidence import Closing
 from sinkscope.results import over_layers
 from sinkscope.sites import Tower
 from sinkscope.tokens import VISION_KINDS
-from sinkscope.viz.tables import readable
 
 
 @typed
@@ -122,44 +121,6 @@ class SinkRecord:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A token that spikes or attracts attention more than the others of its tower.
-
-    ``medians`` is its largest ``|h|`` in medians of ``spike_layer``, where it stands out most, ``prominence``
-    in upper quartiles. ``drawn`` is the most that some head, ``drawn_at`` as ``(layer, head)``, gives it
-    beyond uniform attention, from other tokens: NaN and None where fewer than 8 see it. ``row`` and ``pos``
-    are image and ViT token in the vision tower; ``reason`` says why it is not ``flagged``.
-    """
-
-    tower: Tower
-    row: int
-    pos: int
-    token: str
-    medians: float
-    prominence: float
-    spike_layer: int
-    drawn: float
-    drawn_at: tuple[int, int] | None
-    flagged: bool
-    reason: str
-
-
-def named(of: Any, tower: Tower, row: int, pos: int) -> str:
-    """A token's position with its word, or what ViT token it is; ``of`` has a ``sample``."""
-    tokens, vision = of.sample.tokens, of.sample.tokens.vision
-    if tower == "vision":
-        kind = VISION_KINDS[int(vision.kind[row, pos])]
-        if kind == "patch":
-            return f"patch {int(vision.row[row, pos])},{int(vision.column[row, pos])}"
-        return "CLS" if kind == "cls" else f"{kind} {pos}"
-    if int(tokens.image[row, pos]) < 0:
-        return f"{pos} {readable(tokens.words[row][pos] if tokens.words else None)}"
-    cell = f"{int(tokens.row[row, pos])},{int(tokens.column[row, pos])}"
-    at = "" if cell == "-1,-1" else f" at {cell}"
-    return f"{pos} image {int(tokens.image[row, pos])}{at}"
-
-
 def carry(sample: Sample, detection: Detection, feeds: Sequence[int], merge: str) -> Tensor:
     """V-sinks at their LLM positions: the rule on every state that feeds the projector."""
     tokens = sample.tokens
@@ -198,7 +159,7 @@ class Measured:
     """One forward pass that measures everything that a trace reads, and what the rules flag in it."""
 
     def __init__(
-        self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, remote: Any, full: bool
+        self, lvlm: LVLM, sample: Sample, rules: SinkRules, draws: float, full: bool, how: Any
     ) -> None:
         # ``draws`` is the least attention beyond uniform; ``full`` whether all evidence comes back.
         a, self.sample, self.draws = lvlm.anatomy, sample, draws
@@ -225,7 +186,7 @@ class Measured:
         others = [probe for probe in judged.values() if probe not in own.values()]
         asked = [part for end in ends for part in end.parts]
         asked += [*[vit_norms] * sees, llm_norms, *others, *ends]
-        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", remote=remote)
+        run = lvlm.run(sample, list(dict.fromkeys(asked)), logits="last", **how)
         self.ends = {end.tower: run[end] for end in ends}
         back = {end.tower: run[end].evidence or run[end.parts[0]] for end in ends}
         self.language = back["language"]

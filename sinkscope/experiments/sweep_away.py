@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sinkscope.data import answers
-from sinkscope.data.batches import IGNORED, positions_for, with_answers
+from sinkscope.data.batches import IGNORED, with_answers
 from sinkscope.experiments.sweep_grid import Numbered, end_of_image
 from sinkscope.experiments.sweep_images import (
     Line,
@@ -21,7 +21,7 @@ from sinkscope.experiments.sweep_images import (
 )
 from sinkscope.interventions import ScaleKeys
 from sinkscope.interventions.application import allowing_noop
-from sinkscope.models.inputs import Sample
+from sinkscope.models.inputs import Sample, positions_for
 from sinkscope.models.lvlm import LVLM
 from sinkscope.probes import LogitLens
 
@@ -93,7 +93,7 @@ class Rows:
         many = len(feeds)
         plain = lvlm.prepare(images=[item.image] * many, text=[item.question] * many)
         inputs = positions_for(
-            lvlm, with_answers(plain.inputs, feeds, lvlm.tokenizer.pad_token_id or 0)[0]
+            lvlm.module, with_answers(plain.inputs, feeds, lvlm.tokenizer.pad_token_id or 0)[0]
         )
         for name, value in inputs.items():
             if name.startswith("pixel") and len(value) == many and bool((value == value[:1]).all()):

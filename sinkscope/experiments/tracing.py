@@ -1,7 +1,6 @@
 """trace_sinks: which tokens are sinks, of which kind, since which layer, and what they do."""
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +12,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sinkscope.checks import check_choice, check_number, is_whole, typed
-from sinkscope.detectors import Calibration, Detection, Detector, Gap, NoSinks, SinkRules, known_for
-from sinkscope.detectors.gap import DRAWS, outcome_of
+from sinkscope.detectors import Calibration, Detection, Detector, SinkRules, known_for
+from sinkscope.detectors.gap import DRAWS
 from sinkscope.errors import CheckpointError, DetectorError, SelectionError
-from sinkscope.experiments.measuring import Candidate, Measured, SinkRecord, carry, named, placed
+from sinkscope.experiments.candidates import Candidate, candidates_of, outcome
+from sinkscope.experiments.measuring import Measured, SinkRecord, carry, placed
 from sinkscope.files import write_whole
 from sinkscope.models import LVLM, Sample
 from sinkscope.probes import EvidenceResult
-from sinkscope.results import Result, in_rows
+from sinkscope.results import Result
 from sinkscope.sites import Tower
 from sinkscope.tokens import check_merge
 from sinkscope.viz.layers import plot_trace
@@ -92,20 +92,20 @@ class SinkTrace(Result):
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
         """The most attended tokens and the largest spikes of each tower, and why they are no sinks."""
-        return (*self._candidates("vision"), *self._candidates("language"))
+        return (*candidates_of(self, "vision"), *candidates_of(self, "language"))
 
     @cached_property
     def outcomes(self) -> dict[Tower, str]:
         """For a tower in which nothing is flagged: what spikes, what draws, in one sentence."""
         found: dict[Tower, Tensor] = {"vision": self.v_sinks, "language": self.l_detection.mask}
-        return {tower: self._outcome(tower) for tower, mask in found.items() if not mask.any()}
+        return {tower: outcome(self, tower) for tower, mask in found.items() if not mask.any()}
 
     def outcomes_of(self, row: int) -> dict[Tower, str]:
         """The `outcomes` of one row of the batch; positions count from its first token."""
         images = (self.sample.tokens.vision.batch_row == row).nonzero().flatten().tolist()
         found: Any = {"vision": (self.v_sinks, images), "language": (self.l_detection.mask, [row])}
         left = {tower: rows for tower, (mask, rows) in found.items() if not mask[row].any()}
-        return {tower: self._outcome(tower, rows) for tower, rows in left.items()}
+        return {tower: outcome(self, tower, rows) for tower, rows in left.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -121,90 +121,6 @@ class SinkTrace(Result):
                     f"Blocks {blocks} of the {tower} have no attention that is read: its numbers are NaN."
                 )
         return tuple(notes)
-
-    def _outcome(self, tower: Tower, rows: Sequence[int] | None = None) -> str:
-        rule, seen, found, layers = self._judged(tower)
-        places = range(len(found.mask)) if rows is None else rows
-        if len(places) < len(found.mask):
-            seen, found = in_rows(seen, places), in_rows(found, places)
-        if tower == "vision" and (self.sample.tokens.unmapped or not layers):
-            many = int(found.mask[:, layers].any(dim=1).sum())
-            told = (
-                f"; the rule flags {many} ViT tokens, whose places in the LLM are unknown"
-                * bool(many)
-            )
-            return self.notes[0].partition(": ")[0] + told
-        if isinstance(rule, NoSinks):
-            return rule.reason
-        rule = rule if isinstance(rule, Gap) else Gap(draws=self.draws)
-        whose = " of image" if tower == "vision" else " of row"
-
-        def called(_: int, at: int, pos: int) -> str:
-            row, name = places[at], named(self, tower, places[at], pos)
-            if rows is not None and tower == "language":  # the padding of other rows does not count
-                first = int(self.sample.tokens.live[row].int().argmax())
-                name = f"{pos - first}{name.removeprefix(str(pos))}"
-            return name + f"{whose} {row}" * (len(places) > 1)
-
-        return outcome_of(rule, [seen.at(layers)], tower, called)
-
-    def _judged(self, tower: Tower) -> tuple[Any, EvidenceResult, Detection, list[int]]:
-        """The rule of a tower, what was measured there, what is flagged, and the layers where it counts."""
-        if tower == "vision":
-            return self.rules.v, self.vision, self.v_detection, [*self.feeds]
-        return self.rules.l_rule, self.language, self.l_detection, [*self.l_detection.layers]
-
-    def _candidates(self, tower: Tower) -> Iterator[Candidate]:
-        """Three tokens per row for their attention and three for their spike, the most attended first."""
-        _, evidence, detection, layers = self._judged(tower)
-        if not layers:
-            return
-        tokens, head = self.sample.tokens, evidence.by_key.head
-        live = tokens.vision.live if tower == "vision" else tokens.live
-        large = evidence.prominence()[:, layers].nan_to_num(-1.0)
-        known = evidence.drawn()
-        attention = known.nan_to_num(-2.0).amax(dim=1)
-        for row, drawing in enumerate(attention):
-            few, size = min(3, len(drawing)), large[row].amax(dim=0)
-            most = [*drawing.topk(few).indices.tolist(), *size.topk(few).indices.tolist()]
-            best = dict.fromkeys(pos for pos in most if bool(live[row, pos]))
-            for pos in sorted(best, key=lambda pos, drawing=drawing: -float(drawing[pos])):
-                times, given = large[row, :, pos], known[row, :, pos]
-                layer, at, drawn = layers[int(times.argmax())], None, float("nan")
-                if not bool(given.isnan().all()):
-                    most = int(given.nan_to_num(-2.0).argmax())
-                    at, drawn = (most, int(head[row, most, pos])), float(given[most])
-                flagged = bool(detection.mask[row, layers, pos].any())
-                reason = "flagged" if flagged else self._why_not(tower, row, pos)
-                where = tower, row, pos, named(self, tower, row, pos)
-                spike = float(evidence.medians()[row, layer, pos]), float(times.max()), layer
-                yield Candidate(*where, *spike, drawn, at, flagged, reason)
-
-    def _why_not(self, tower: Tower, row: int, pos: int) -> str:
-        """Why the rule of a tower flags a token in no layer."""
-        rule, evidence, detection, layers = self._judged(tower)
-        if isinstance(rule, NoSinks):
-            return "there is no rule for this tower"
-        if not isinstance(rule, Gap):
-            scores, limits = detection.scores[row, :, pos], detection.threshold[row]
-            layer = int((scores / limits).nan_to_num(-1.0).argmax())
-            return f"score {scores[layer]:.3g} of {limits[layer]:.3g} (layer {layer})"
-        if not bool(evidence.judged[row, pos]):
-            return "no patch: a kind of its own, listed apart"
-        at = (row, layers, pos)
-        times, known = evidence.prominence()[at].nan_to_num(-1.0), evidence.drawn()[at]
-        large = (times >= rule.gap) & (evidence.medians()[at] >= rule.medians)
-        draws = bool(rule.draws_in(evidence)[at].any())
-        if not bool(large.any()):
-            said = f"no spike: {float(times.max()):.1f} of {rule.gap:g} upper quartiles"
-            return said if draws else f"{said}; draws nothing"
-        if not bool((large & (evidence.growth()[at] >= rule.growth)).any()):
-            return "its spike came with the embeddings"
-        if draws:
-            return "spikes and draws attention, but never in the same layer"
-        if bool(known.isnan().all()):
-            return "spikes; fewer than 8 tokens see it"
-        return f"spikes and draws nothing: {float(known.nan_to_num(-1.0).max()):.3f} beyond uniform"
 
     @property
     def n_layers(self) -> int:
@@ -312,6 +228,7 @@ def trace_sinks(
     draws: float = DRAWS,
     detail: Literal["sinks", "full"] | None = None,
     remote: bool | str | None = None,
+    job: str | None = None,
 ) -> SinkTrace:
     """Trace the sinks of a sample from the ViT through the projector into the LLM, in one pass.
 
@@ -319,7 +236,7 @@ def trace_sinks(
 
     Args:
         lvlm: The model.
-        sample: From ``lvlm.prepare``; ``remote`` is as in `LVLM.run`.
+        sample: From ``lvlm.prepare``; ``remote`` and ``job`` are as in `LVLM.run`.
         v_detector: The rule for V-sinks, applied to the states that feed the projector. None: published
             constants of this very checkpoint, else the gap rule on this sample (`detectors.Gap`), else
             the generic definition of massive activations; ``trace.chosen`` says which.
@@ -344,7 +261,7 @@ def trace_sinks(
         rules = SinkRules.on_others(lvlm, lambda: (), *given, calibration=calibration)
     check_choice(("sinks", "full", None), error=DetectorError, detail=detail)
     full = detail == "full" if detail else not lvlm._places.choose(remote)
-    m = Measured(lvlm, sample, rules, draws, remote, full)
+    m = Measured(lvlm, sample, rules, draws, full, {"remote": remote, "job": job})
     v_sinks = carry(sample, m.v, m.feeds, merge)
     attended = (placed(sample, m.attended.float()) > 0) & ~v_sinks
     # What concerns the decision: the feeding blocks, and every LLM layer.

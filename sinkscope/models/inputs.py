@@ -51,6 +51,15 @@ class Processed(NamedTuple):
     prompts: list[str]  # after the chat template, by row
 
 
+def positions_for(module: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with positions that count from the first live token of a row, where padding moves it."""
+    # Qwen-VL derives positions from mask and image grid itself
+    computed = callable(getattr(module.base_model, "get_rope_index", None))
+    if computed or bool(inputs["attention_mask"].all()):
+        return dict(inputs)
+    return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
 def layout_of(anatomy: Anatomy) -> tuple[Any, ...]:
     """What a sample must agree with: family, ids and sizes, whatever kernel and weights."""
     towers = ((tower.n_layers, tower.d_model) for tower in (anatomy.vision, anatomy.language))

@@ -103,9 +103,8 @@ class LVLM:
         check_choice((None, True, False), error=ModelError, verify=verify)
         check_path(name=name)
         options: dict[str, Any] = dict(revision=revision, dtype=dtype, device_map=device_map)
-        options |= dict(
-            attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+        options["attn_implementation"] = attn_implementation
+        options["trust_remote_code"] = trust_remote_code
         options["quantization_config"] = quantization_config
         module, processor, by_name = loading.open_checkpoint(name, options, remote)
         lvlm = cls(module, processor, verify=verify if by_name is None else False)
@@ -228,8 +227,7 @@ class LVLM:
         kept.follow(self)
         asked, edits = checking.check_run(sample, self.anatomy, probes, interventions)
         where = self._places.choose(remote, grad)
-        hint = "None is 'all' here and 'last' on remote runs."
-        check_choice(("all", "last", None), error=ProbeError, hint=hint, logits=logits)
+        check_choice(("all", "last", None), error=ProbeError, logits=logits)
         every = logits == "all" or not (logits or where)
         context, last = Context(self.anatomy, sample.tokens), sample.tokens.last
         plan = checking.plan_of(asked, edits, context, self, effects)
@@ -241,8 +239,7 @@ class LVLM:
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
-        again = {"logits": "last", "remote": False, "engine": engine}
-        plain = call.plain if call else self.run(sample, **again).logits
+        plain = call.plain if call else self.run(sample, logits="last", engine=engine).logits
         return application.with_kl(out, plain, last)
 
     @typed

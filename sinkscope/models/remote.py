@@ -6,7 +6,7 @@ import pickle
 import random
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any
 
 import httpx
@@ -168,10 +168,9 @@ class Job(RemoteBackend):
 
     def _note(self, response: ResponseModel) -> bool:
         """Whether a status says that the job is done; RemoteError if it says that it failed."""
-        if (
-            response.status != self.status or sys.stdout.isatty()
-        ):  # a log file gets a line per change
-            self.display.update(response)
+        if response.status != self.status or sys.stdout.isatty():  # a log gets a line per change
+            with redirect_stdout(sys.stderr):  # what a command prints may be read by another
+                self.display.update(response)
         self.status, said = response.status, response.description.strip()
         self.last = f"{response.status.value} {said}".strip()
         now = time.monotonic()
@@ -269,7 +268,8 @@ class Job(RemoteBackend):
     @property
     def _hint(self) -> str:
         """How to come back to a job that goes on."""
-        write = f"the same call with job={self.job_id!r} fetches its result."
+        write = f"the same call with job={self.job_id!r} fetches its result"
+        write += " (of lvlm.run, lvlm.generate or trace_sinks)."
         return f"The job stays there: {write}" if self.job_id and self.known else ""
 
     def _pause(self, seconds: float, why: str = "") -> None:

@@ -128,7 +128,7 @@ def test_a_job_that_was_accepted_is_kept(there, loopback, fault, says):
         there.run(sample, [MASS], [edit])
     job = loopback.seen["requests"][-1]["job"]
     assert caught.value.job_id == job
-    assert f"the same call with job={job!r} fetches its result." in str(caught.value)
+    assert f"the same call with job={job!r} fetches its result (of " in str(caught.value)
     loopback.mend()
     there.wire = Wire(timeout=20)
     got = there.run(sample, [MASS], [edit], job=job)
