@@ -457,7 +457,7 @@ def test_all_that_was_shipped_is_a_kernel_and_imports_what_the_server_has():
     for one in others:
         assert "import" not in inspect.getsource(one)
     modules = {one.__module__ for one in ours - others}
-    assert {f"sinkscope.kernels.{x}" for x in ("walk", "closing", "gating", "writes")} <= modules
+    assert {f"sinkscope.kernels.{x}" for x in ("walk", "gating", "writes")} <= modules
     for module in modules:
         for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
