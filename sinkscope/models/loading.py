@@ -284,7 +284,7 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _made_of(value: Tensor) -> list[Tensor]:
+def _made_of(value: Any) -> list[Tensor]:
     """The plain tensors that a tensor is made of: itself, or those of a quantised one."""
     if not hasattr(value, "__tensor_flatten__"):
         return [value]

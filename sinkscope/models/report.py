@@ -108,8 +108,8 @@ def make_report(lvlm: Any) -> Report:
         dtype = dtype_of(first) if first else None
         half = str(dtype).removeprefix("torch.") if dtype in HALF else ""
         how = half, HALF.get(dtype, "") if dtype else "", bool(first and rounds(first))
-        kernels = (tower.kernel * (kind in tower.kernel) for kind in ("flash", "flex"))
-        towers.append(Asked(tower, *how, *kernels, a.feed_layers, a.lens.why))
+        flash, flex = (tower.kernel * (kind in tower.kernel) for kind in ("flash", "flex"))
+        towers.append(Asked(tower, *how, flash, flex, a.feed_layers, a.lens.why))
 
     def verdicts(room: ModuleType, **more: str) -> tuple[Verdict, ...]:
         names = [name for name in room.__all__ if name != "LayerProbe"]  # which is a base
