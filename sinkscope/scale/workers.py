@@ -62,7 +62,8 @@ def each_on_workers(
     with running(address), quiet():
         many, size = sizes_of(workers, gpus, cpus)
         model = Model(lvlm, load, on_gpu=size["num_gpus"] > 0)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        node = ray.get_runtime_context().get_node_id()
+        here: Any = NodeAffinitySchedulingStrategy(node, soft=True)
         shelf: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Shelf).remote()
 
         def send() -> None:
