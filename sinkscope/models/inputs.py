@@ -1,7 +1,7 @@
 """From images and text to model inputs, and to the map of what every position of a batch is."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 

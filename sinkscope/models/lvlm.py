@@ -45,8 +45,7 @@ class LVLM:
     Attributes:
         name: Repository id, folder, or class name.
         verified: Whether a forward pass has proven the anatomy when the model was loaded.
-        wire: How long remote runs wait, and how often they try again: a `Wire`.
-        traffic: What the last remote run sent, received and waited: a `Traffic`, or None.
+        wire: How long remote runs wait and try again, a `Wire`; ``traffic``: what the last one cost, or None.
     """
 
     def __init__(
@@ -239,7 +238,8 @@ class LVLM:
         application.require_effects(edits, [out.effects])
         if not (kl and edits):
             return out
-        plain = call.plain if call else self.run(sample, logits="last", engine=engine).logits
+        run = partial(self.run, logits="last", remote=False, engine=engine)
+        plain = call.plain if call else run(sample).logits
         return application.with_kl(out, plain, last)
 
     @typed
