@@ -190,7 +190,7 @@ class Gathered(Record):
 
 
 @dataclass(frozen=True, eq=False)
-class Closed(Record):
+class Closed(Result):
     """What a `Closing` found, rows being images in the vision tower.
 
     Attributes:
@@ -269,16 +269,17 @@ class Closing(Record):
         massive, _ = probe.parts(context)
         live, where = context.live(self.tower), context.positions(self.tower, None)
 
-        def of_states(values: Any, channels: Any, median: Tensor, layers: Any) -> MassiveResult:
-            masked = (mask_padding(x, live, 2) for x in (values, channels))
-            median = median.masked_fill(~live.any(dim=1)[:, None], float("nan"))
-            return MassiveResult(*masked, median, tuple(layers), massive.site, where)
+        def of_states(of: Mapping[str, Tensor], layers: Sequence[int]) -> MassiveResult:
+            values, channels = (mask_padding(of[name], live, 2) for name in ("values", "channels"))
+            median = of["median"].masked_fill(~live.any(dim=1)[:, None], float("nan"))
+            told = tuple(layers), massive.site, where
+            return MassiveResult(values, channels, median, *told)
 
         seen, first = found["spikes"], None
-        one = (seen[name][..., None] for name in ("values", "channels"))
-        states = of_states(*one, seen["median"], massive.layers)
+        one = {name: seen[name][..., None] for name in ("values", "channels")}
+        states = of_states({**one, "median": seen["median"]}, massive.layers)
         if "first" in found:
-            first = of_states(*(found["first"][n][:, None] for n in found["first"]), [0])
+            first = of_states({name: x[:, None] for name, x in found["first"].items()}, [0])
         attention = _unread(self.tower, context).by_key()
         if told := found.get("attention"):
             attention = self._received(dict(told), context)

@@ -132,7 +132,8 @@ def test_what_is_not_there_is_said(samples):
             assert torch.equal(got.of_key(row, pos), full.received[row, :, :, pos])
         sinks = {record.pos for record in lean.records if record.batch == row}
         assert sinks <= {*got.kept[row].tolist()}
-    other = next(p for p in range(sample.tokens.ids.shape[1]) if p not in got.kept[1].tolist())
+    live = sample.tokens.live[1].nonzero().flatten().tolist()
+    other = next(pos for pos in live if pos not in got.kept[1].tolist())
     with pytest.raises(ProbeError, match="what the key at"):
         viz.plot_received_heads(got, other, 1)
     with pytest.raises(DetectorError, match="detail='some'"):

@@ -449,15 +449,14 @@ def test_what_needs_weights_says_so_before_any_work(remote, cases, loopback, nam
 def test_all_that_was_shipped_is_a_kernel_and_imports_what_the_server_has():
     """It runs last, on all requests above; imports also inside functions, and of whole modules."""
     ours = {one for one in SHIPPED if one.__module__.partition(".")[0] == "sinkscope"}
-    if len(SHIPPED) < 50:
+    if not SHIPPED:
         pytest.skip("the requests of this file were not made")
     others = {one for one in ours if not one.__module__.startswith("sinkscope.kernels.")}
     # The kernel of `AttentionEntropy` lies beside it: its functions travel, their module does not.
-    assert {one.__module__ for one in others} == {"sinkscope.probes.entropy"}
+    assert {one.__module__ for one in others} <= {"sinkscope.probes.entropy"}
     for one in others:
         assert "import" not in inspect.getsource(one)
     modules = {one.__module__ for one in ours - others}
-    assert {f"sinkscope.kernels.{x}" for x in ("walk", "gating", "writes")} <= modules
     for module in modules:
         for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
