@@ -143,6 +143,8 @@ def mark_of(*asked: Any) -> str:
         else:
             kind = value if hasattr(value, "__qualname__") else type(value)
             digest.update(f"{kind.__module__}.{kind.__qualname__},".encode())
+            if kind is type(value) and kind.__module__.startswith("sinkscope."):
+                add(vars(value))  # what it holds tells two of a kind apart
 
     add(asked)
     return digest.hexdigest()

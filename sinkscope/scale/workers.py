@@ -100,7 +100,8 @@ class Model:
     """How workers make the model of the caller; they compare it with the caller's."""
 
     def __init__(self, lvlm: LVLM, load: Callable[[], LVLM] | None, on_gpu: bool) -> None:
-        self.name, self.on_gpu, self.known, self.stored = lvlm.name, on_gpu, known_of(lvlm), None
+        self.name, self.wire, self.on_gpu = lvlm.name, lvlm.wire, on_gpu
+        self.known, self.stored = known_of(lvlm), None
         make = load or lvlm._made_by
         if make is None:
             self.stored = ray.put(packed_model(lvlm))
@@ -114,7 +115,7 @@ class Model:
         if not isinstance(lvlm, LVLM):
             got = f"Got load=..., which gave {type(lvlm).__name__}"
             raise InputError(f"{got}; expected an LVLM. Write return ss.LVLM(model, processor).")
-        lvlm.name = self.name
+        lvlm.name, lvlm.wire = self.name, self.wire
         found = known_of(lvlm)
         if other := [name for name, value in self.known.items() if found[name] != value]:
             raise InputError(

@@ -25,7 +25,7 @@ def test_a_sweep_gives_the_same_cells_and_goes_on_where_it_stopped(
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write", then_fail)
-        with pytest.raises(Exception, match="CUDA out of memory"):
+        with pytest.raises(ss.errors.RemoteError, match="CUDA out of memory"):
             ss.sweep(there, some(), **options, out=tmp_path)
     assert [path.name for path in sorted(tmp_path.glob("part-*"))] == ["part-000000.parquet"]
     failed = loopback.seen["ran"]
@@ -35,3 +35,16 @@ def test_a_sweep_gives_the_same_cells_and_goes_on_where_it_stopped(
     assert (
         loopback.seen["ran"] - failed == 1 + 1 + 2
     )  # the second image alone, which has one question
+
+
+def test_a_trace_comes_back_to_its_job(tiny, remote, loopback):
+    """The result of a job is fetched, not run again."""
+    there = remote("llava-clip-llama")
+    sample = there.prepare(images=some()[0]["image"], text="what is it")
+    first = ss.trace_sinks(there, sample)
+    job, ran = there.traffic.job_id, loopback.seen["ran"]
+    again = ss.trace_sinks(there, sample, job=job)
+    assert again.to_json() == first.to_json()
+    assert loopback.seen["ran"] == ran
+    with pytest.raises(ss.errors.InputError, match="which answers another call"):
+        ss.trace_sinks(there, sample, detail="full", job=job)

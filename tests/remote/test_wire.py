@@ -18,8 +18,10 @@ from nnsight.modeling import huggingface
 
 import sinkscope as ss
 from sinkscope.errors import CheckpointError, InputError, ProbeError, RemoteError
+from sinkscope.kernels.walk import Saying
 from sinkscope.models import Traffic, Wire
 from sinkscope.models import remote as wires
+from sinkscope.models.requests import mark_of
 from sinkscope.models.wire import ServerError, read_traceback
 from sinkscope.probes import Read
 from sinkscope.testing import random_image
@@ -296,10 +298,12 @@ def test_a_generation_is_kept_too(there, loopback):
 
 
 def test_the_status_is_shown_when_it_changes(there, loopback, monkeypatch, capsys):
+    """Beside what is printed: standard output is for the answer, such as JSON of the command line."""
     monkeypatch.setattr(nnsight.CONFIG.APP, "REMOTE_LOGGING", True)
     loopback.tell({"at": "job", "slow": 0.5})
     there.run(question(there))
-    said = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert out == ""
     assert [said.count(status) for status in ("RECEIVED", "QUEUED", "COMPLETED")] == [1, 1, 1]
     assert loopback.seen["asked"]["response"] > 4
 
@@ -447,3 +451,12 @@ def test_a_traceback_is_read_from_a_text():
     assert (frame.filename, frame.lineno, frame.name) == ("/x/sinkscope/kernels/walk.py", 7, "walk")
     assert frame.line == "raise ValueError("
     assert read_traceback("no traceback")[2] == []
+
+
+def test_two_answers_that_are_forced_have_marks_of_their_own():
+    """What an option holds counts, not its class alone: `compare` forces one answer after the other."""
+    first, second = (Saying(torch.tensor([[token, 2]]), 5) for token in (3, 4))
+    assert mark_of({"logits_processor": [first]}) != mark_of({"logits_processor": [second]})
+    assert mark_of({"logits_processor": [first]}) == mark_of(
+        {"logits_processor": [Saying(torch.tensor([[3, 2]]), 5)]}
+    )
