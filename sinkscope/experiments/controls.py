@@ -66,7 +66,8 @@ def attention_under(it: Any, trace: SinkTrace, lvlm: LVLM | None) -> tuple[Tenso
     layers = sorted({int(layer) for layer in wanted})
     queries, heads = getattr(it, "queries", None), getattr(it, "heads", None)
     if queries is None:
-        received = trace.received if heads is not None else trace.language.by_key.mean[:, :, None]
+        mean: Any = trace.language.by_key.mean
+        received = mean[:, :, None] if heads is None else trace.received
         received = received[:, layers].nan_to_num()
     elif lvlm is None:
         raise InterventionError(

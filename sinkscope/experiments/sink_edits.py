@@ -34,7 +34,8 @@ def top_received(trace: SinkTrace, k: int = 1) -> Tensor:
     """The ``k`` image tokens of every row that receive the most attention, bool ``[batch pos]``."""
     check_whole(1, k=k)
     visual = trace.sample.tokens.image >= 0
-    received = trace.language.by_key.mean.nan_to_num().mean(dim=1).masked_fill(~visual, -1.0)
+    mean: Any = trace.language.by_key.mean
+    received = mean.nan_to_num().mean(dim=1).masked_fill(~visual, -1.0)
     most = received.topk(min(k, received.shape[1]), dim=1).indices
     return torch.zeros_like(visual).scatter(1, most, True) & visual
 

@@ -96,23 +96,22 @@ def close_language(value, state, live, least, keep, full=False):
     out = {"values": at_layer(values, layer), "channels": at_layer(channels, layer)}
     if "more" in found:
         out["wrote"] = stacked(found["more"]) > 0
-    if attention is not None:
-        received, others, null = attention_of(attention, least)
-        keys = by_key(received, others, null)
-        known = (keys["drawn"] - null).nan_to_num(nan=-2.0)
-        out |= at_head(
-            found.get("writes", {}), sorted(attention), received, keys["head"], known, live
-        )
-    if full:
+    if not full:
+        first = {name: massive[0][name] for name in ("values", "channels", "median")}
+        out |= {"first": first, "spikes": spikes(massive)}
+    if attention is None:
         return out
-    first = {name: massive[0][name] for name in ("values", "channels", "median")}
-    out |= {"first": first, "spikes": spikes(massive)}
-    if attention is not None:
+    received, others, null = attention_of(attention, least)
+    keys = by_key(received, others, null)
+    known = (keys["drawn"] - null).nan_to_num(nan=-2.0)
+    heads = found.get("writes", {})
+    out |= at_head(heads, sorted(attention), received, keys["head"], known, live)
+    if not full:
         kept = known.amax(dim=1).topk(min(keep, known.shape[2])).indices
         where = kept[:, None, None].expand(-1, *received.shape[1:3], -1)
-        heads = {"kept": kept, "by_head": received.gather(3, where)}
-        events = {name: stacked(attention, name) for name in ("sink", "sink_mass", "routed")}
-        out["attention"] = lean({**keys, **heads, **events}, attention, null)
+        keys |= {"kept": kept, "by_head": received.gather(3, where)}
+        keys |= {name: stacked(attention, name) for name in ("sink", "sink_mass", "routed")}
+        out["attention"] = lean(keys, attention, null)
     return out
 
 
@@ -128,12 +127,8 @@ def at_head(heads, layers, received, head, known, live):
     receives, the norm of what it writes, the same over the mean of other tokens, and the head's stable rank;
     NaN where writes are not known. ``known`` is ``[batch layer key]``, all others ``[batch key]``."""
     layer = known.argmax(dim=1)
-    rows, keys = torch.arange(len(layer))[:, None], torch.arange(layer.shape[1])[None]
-    rows, keys, head = (
-        rows.to(layer.device),
-        keys.to(layer.device),
-        head.gather(1, layer[:, None])[:, 0],
-    )
+    rows, keys = (torch.arange(size, device=layer.device) for size in layer.shape)
+    rows, head = rows[:, None], head.gather(1, layer[:, None])[:, 0]
     out = {"received": received[rows, layer, head, keys]}
     nothing = torch.full_like(out["received"], float("nan"))
     if not heads:
