@@ -65,11 +65,11 @@ def ends(owner: Any, name: str, calls: int) -> Iterator[None]:
     """Let a function of ``owner`` raise `Broken` after some calls, as if the process had been killed."""
     real, seen = getattr(owner, name), []
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **named: Any) -> Any:
         if len(seen) == calls:
             raise Broken
         seen.append(1)
-        return real(*args)
+        return real(*args, **named)
 
     setattr(owner, name, counted)
     try:
@@ -92,9 +92,9 @@ def counting() -> Iterator[list[int]]:
     """Count the images that sweeps measure."""
     real, measured = SWEEPING.sweep_image, [0]
 
-    def counted(*args: Any) -> Any:
+    def counted(*args: Any, **named: Any) -> Any:
         measured[0] += 1
-        return real(*args)
+        return real(*args, **named)
 
     SWEEPING.sweep_image = counted  # type: ignore[attr-defined]
     try:

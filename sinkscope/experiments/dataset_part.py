@@ -21,7 +21,7 @@ from sinkscope.experiments.measuring import SinkRecord
 from sinkscope.experiments.sink_edits import content_seed
 from sinkscope.experiments.tracing import SinkTrace, trace_sinks
 from sinkscope.models.lvlm import LVLM
-from sinkscope.probes import AttentionMass
+from sinkscope.probes import AttentionMass, ReceivedResult
 from sinkscope.results import in_rows
 from sinkscope.sites import Tower
 
@@ -166,18 +166,23 @@ def _second_pass(lvlm: LVLM, trace: SinkTrace, remote: Any) -> list[dict[str, An
         "vision": [*trace.feeds],
         "language": [*trace.l_detection.layers],
     }
+    evidence = {"vision": trace.vision, "language": trace.language}
+    known: dict[str, Any] = {  # what was measured before
+        tower: (Massive, Received) if isinstance(seen.received, ReceivedResult) else (Massive,)
+        for tower, seen in evidence.items()
+    }
     probes = {
         (tower, name): rule.probe(tower, read[tower], lvlm.anatomy.tower(tower))
         for tower in TOWERS
         for name, rule in others[tower].items()
-        if read[tower] and not isinstance(rule, (Massive, Received))  # these were measured before
+        if read[tower] and not isinstance(rule, known[tower])
     }
     run = lvlm.run(sample, [*asked, *probes.values()], logits="last", remote=remote)
 
     def flagged(tower: Tower, name: str, rule: Detector) -> Tensor:
         if (tower, name) in probes:
             return decided(rule, run, probes[tower, name], lvlm, sample).mask
-        seen = trace.vision if tower == "vision" else trace.language
+        seen: Any = evidence[tower]
         told, masks = isinstance(rule, Massive), visual_tokens(sample, tower)
         result = seen.massive if told else seen.received
         return decide(rule, result, *masks, tower, lvlm.anatomy.tower(tower)).mask[:, read[tower]]

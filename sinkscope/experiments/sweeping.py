@@ -150,12 +150,14 @@ def _run(
     """Run the groups that are not there yet; lines and notes are kept only if there is no folder."""
     kept, each = {}, len(rules.cells.layers) * len(rules.cells.pairs)
     missing = list(range(len(groups))) if folder is None else folder.missing()
+    if not missing:
+        return [], []
     total, left = (each * sum(map(len, some)) for some in (groups, [groups[i] for i in missing]))
     bar = tqdm(total=total, initial=total - left, desc="sweeping", unit="cell", disable=hidden)
     one = sweep_away if is_away(lvlm) else sweep_image
     here = check_engine(engine) is None
     work = partial(one, rules=rules, tick=bar.update if here else None)
-    if missing and not is_away(lvlm):
+    if not is_away(lvlm):
         first = groups[missing[0]][0][1]
         sample = lvlm.prepare(images=first.image, text=first.question)
         check_replay(lvlm, sample.inputs, rules.cells.blocks)

@@ -137,7 +137,7 @@ def at_head(heads, layers, received, head, known, live):
     at = torch.tensor([writing.index(x) if x in writing else -1 for x in layers])
     at = at.to(layer.device)[layer]
     norms, rank = (stacked(heads, name).to(layer.device) for name in ("norms", "stable_rank"))
-    norms = norms.masked_fill(~live[:, None, None], float("nan"))
+    norms = norms.masked_fill(~live.to(norms.device)[:, None, None], float("nan"))
     some = {"norm": norms[rows, at, head, keys], "ratio": over_others(norms)[rows, at, head, keys]}
     some["rank"] = rank[rows, at, head]
     return out | {name: torch.where(at < 0, nothing, x) for name, x in some.items()}

@@ -29,8 +29,8 @@ def locate(root, path):
         owner, here = here, here[int(part)] if part.isdigit() else getattr(here, part)
     if getattr(here, "is_meta", False) is True:  # offloaded by accelerate between two passes
         hooks = getattr(owner._hf_hook, "hooks", [owner._hf_hook])
-        (weights, *_) = [one.weights_map for one in hooks if getattr(one, "offload", False)]
-        return weights[path.rpartition(".")[2]]
+        maps = [getattr(one, "weights_map", None) for one in hooks]
+        return next(one for one in maps if one is not None)[path.rpartition(".")[2]]
     return here
 
 
@@ -176,7 +176,7 @@ def resolve(root, parameters, device, state):
     parameters and numbers. A tensor is moved once per run: kernels may compare it by identity."""
     placed, out = state.setdefault("placed", {}), {}
     for name, value in parameters.items():
-        mark = value[0] if isinstance(value, tuple) and isinstance(value[0], str) else ""
+        mark = value[0] if isinstance(value, tuple) and value and isinstance(value[0], str) else ""
         if mark == "@module":
             path, value = value[1], locate(root, value[1])
             state.setdefault("paths", {})[id(value)] = path  # for messages

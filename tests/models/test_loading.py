@@ -176,10 +176,10 @@ def test_quantisation_is_respected(folders, monkeypatch, given):
 
 
 def test_a_quantiser_that_is_not_installed_is_named(folders):
-    with pytest.raises(CheckpointError, match=r"bitsandbytes.*install it, or choose another"):
+    with pytest.raises(CheckpointError, match=r"optimum-quanto.*install it, or choose another"):
         ss.LVLM.from_pretrained(
             folders["llava-clip-llama"],
-            quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
+            quantization_config=transformers.QuantoConfig(),
         )
 
 
