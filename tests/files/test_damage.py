@@ -306,9 +306,9 @@ def go_on(begun):
 
 
 def deleting(folder, real):
-    def delete(*args):
+    def delete(*args, **named):
         shutil.rmtree(folder, ignore_errors=True)
-        return real(*args)
+        return real(*args, **named)
 
     return delete
 

@@ -308,14 +308,18 @@ def test_the_status_is_shown_when_it_changes(there, loopback, monkeypatch, capsy
     assert loopback.seen["asked"]["response"] > 4
 
 
-def test_an_interrupt_tells_the_job(there, loopback):
-    sample = question(there)
-    loopback.tell({"at": "job", "slow": 1})
-    timer = threading.Timer(0.4, _thread.interrupt_main)
-    timer.start()
-    with pytest.raises(KeyboardInterrupt, match=r"the same call with job='job-.*'") as caught:
-        there.run(sample)
-    timer.join()
+def test_an_interrupt_tells_the_job(there, loopback, monkeypatch):
+    sample, pause = question(there), wires.Job._pause
+
+    def interrupted(job, *given):
+        _thread.interrupt_main()
+        pause(job, *given)
+
+    loopback.tell({"at": "job", "slow": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(wires.Job, "_pause", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"the same call with job='job-.*'") as caught:
+            there.run(sample)
     got = there.run(sample, job=caught.value.job_id)
     assert torch.equal(got.logits, there.run(sample).logits)
 
