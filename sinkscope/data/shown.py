@@ -17,11 +17,7 @@ from sinkscope.data.questions import READERS, beside, read_file
 from sinkscope.errors import InputError
 from sinkscope.models.pictures import ADDRESSES, FORMATS, PIXELS, open_image, text_of
 
-MODERN = (
-    ".heic",
-    ".heif",
-    ".avif",
-)  # known to PIL with a plugin only, and refused without: not passed over
+MODERN = (".heic", ".heif", ".avif")  # PIL reads them with a plugin only: refused, not left out
 OWN = ("image", "question", "text", "image_id")
 ADVICE = "Write {'image': picture, 'question': text}, or dataset.rename_column(...)."
 

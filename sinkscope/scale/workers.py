@@ -12,6 +12,8 @@ import io
 import logging
 import os
 import pickle
+import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -42,6 +44,7 @@ AHEAD = 3  # parts per worker that are read and not done
 TRIES = 3  # workers that one part may take down
 CORES = 4  # of a worker without a GPU, if nobody says otherwise
 CAPTURED = "_output_capturing_hooks_installed"  # what transformers sets on a model with its hooks
+RAYS = ("RAY_", "PYTHONBREAKPOINT")  # names of variables that Ray reads and sets
 SILENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 UNPICKLED = (TypeError, ValueError, AttributeError, RuntimeError, ImportError, pickle.PicklingError)
 
@@ -293,21 +296,24 @@ def running(address: str | None) -> Iterator[None]:
         yield
         return
     where = address or os.environ.get("RAY_ADDRESS") or "local"
-    before = {name: os.environ.get(name) for name in SILENT}
+    before, ended = dict(os.environ), signal.getsignal(signal.SIGTERM)
     os.environ.update(SILENT)
     quietly: Any = dict(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        ray.init(where, **quietly)
+        try:
+            ray.init(where, **quietly)
+        except (ConnectionError, ValueError) as error:
+            got = f"Got no Ray at {where!r} ({error})"
+            write = "Start it with: ray start --head."
+            raise WorkerError(f"{got}; expected a cluster. {write}") from error
         yield
-    except (ConnectionError, ValueError) as error:
-        if ray.is_initialized():
-            raise
-        got = f"Got no Ray at {where!r} ({error})"
-        raise WorkerError(f"{got}; expected a cluster. Start it with: ray start --head.") from error
     finally:
         ray.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for name in [name for name in os.environ if name.startswith(RAYS)]:  # what Ray sets, too
+            os.environ.pop(name)
+        os.environ.update({name: before[name] for name in before if name.startswith(RAYS)})
+        if threading.current_thread() is threading.main_thread() and ended is not None:
+            signal.signal(signal.SIGTERM, ended)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pandas as pd
@@ -50,6 +51,7 @@ def built():
 
 def test_a_sweep_goes_on_with_two_workers_where_the_local_one_stopped(tmp_path):
     assert not ray.is_initialized()
+    before = dict(os.environ), signal.getsignal(signal.SIGTERM)
     lvlm, questions = ss.load_bundled(), list(scene_questions(6, 2, noise=40.0))
     how = {"layers": ["embed", 1], "grid": [(0.5, 1.0), (1.0, 0.2)], "progress": False}
     how |= {"score": lambda item, answered: min(1.0, -answered.logprob / 10)}
@@ -61,7 +63,7 @@ def test_a_sweep_goes_on_with_two_workers_where_the_local_one_stopped(tmp_path):
     pd.testing.assert_frame_equal(found.table, local.table, rtol=1e-6, atol=1e-6)
     assert found.settings == local.settings
     assert not ray.is_initialized()
-    assert "RAY_USAGE_STATS_ENABLED" not in os.environ
+    assert (dict(os.environ), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_parts_come_once_are_read_late_and_outlive_a_worker(own, built, tmp_path):
